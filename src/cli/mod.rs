@@ -1,0 +1,85 @@
+//! The command line: text in, text out. Each subcommand has a file of its own.
+
+// Printing is this folder's purpose.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+pub mod exit;
+pub mod fetch;
+pub mod guard;
+pub mod plan;
+pub mod probe;
+pub mod proxy;
+pub mod serve;
+pub mod simulate;
+pub mod status;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use exit::Exit;
+
+/// Runs the SGLang engine as a service on one machine.
+#[derive(Debug, Parser)]
+#[command(name = "sglangd", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Fetch the weights, launch the engine, watch it, proxy its traffic, stop it gracefully.
+    Serve(serve::ServeArgs),
+    /// Say what `serve` would do: files to fetch, argv, environment, YAML, ports, limits.
+    Plan(plan::PlanArgs),
+    /// Bring a model's snapshot into the Hugging Face cache and check it.
+    Fetch(fetch::FetchArgs),
+    /// Ask a running server two questions and print the answers as they stream in.
+    Probe(probe::ProbeArgs),
+    /// Show what a running sglangd is doing.
+    Status(status::StatusArgs),
+    /// Only the reverse proxy, in front of an engine that somebody else runs.
+    Proxy(proxy::ProxyArgs),
+    /// A simulated SGLang engine: takes its arguments, speaks its HTTP, prints its log lines.
+    Simulate(simulate::SimulateArgs),
+    /// Ends the engine's session when the supervisor is gone; started by `serve`.
+    #[command(hide = true)]
+    Guard(guard::GuardArgs),
+}
+
+/// Where the configuration comes from; the same for every command that reads one.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ConfigArgs {
+    /// A configuration file; may be repeated, later files win.
+    #[arg(long, value_name = "FILE")]
+    pub config: Vec<PathBuf>,
+    /// Set one key, e.g. `--set limits.max=64`; wins over files and environment.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// The folders a daemon lives in; `status` and `probe` find it by them.
+#[derive(Debug, Clone, Default, Args)]
+pub struct FolderArgs {
+    /// Sockets and the engine's YAML [default: systemd's, else /run/sglangd, else XDG].
+    #[arg(long, value_name = "DIR")]
+    pub runtime_dir: Option<PathBuf>,
+    /// What is kept between runs [default: systemd's, else /var/lib/sglangd, else XDG].
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// Runs the command line and says how the process ends.
+pub fn run(cli: Cli) -> Exit {
+    match cli.command {
+        Command::Serve(args) => serve::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Fetch(args) => fetch::run(args),
+        Command::Probe(args) => probe::run(args),
+        Command::Status(args) => status::run(args),
+        Command::Proxy(args) => proxy::run(args),
+        Command::Simulate(args) => simulate::run(args),
+        Command::Guard(args) => guard::run(args),
+    }
+}

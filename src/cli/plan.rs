@@ -1,0 +1,20 @@
+//! `sglangd plan`: what `serve` would do.
+
+use clap::Args;
+
+use super::exit::Exit;
+
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub config: super::ConfigArgs,
+    #[command(flatten)]
+    pub folders: super::FolderArgs,
+    /// Flags for the engine, after `--`.
+    #[arg(last = true, value_name = "ENGINE FLAGS")]
+    pub engine_flags: Vec<String>,
+}
+
+pub fn run(_args: PlanArgs) -> Exit {
+    Exit::Bug
+}

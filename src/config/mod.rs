@@ -1,0 +1,189 @@
+//! What was said: YAML files, environment and command line become one [`Config`].
+//!
+//! Parsing never acts: nothing here opens a socket, starts a process or writes a file (but the
+//! shipped `config.yaml`, once, where there is none). Every value here is already checked: what is
+//! impossible cannot be represented or is refused by `load`, with file, line, column and the way out.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Everything sglangd was told, checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    pub model: Model,
+    pub weights: Weights,
+    pub engine: Engine,
+    pub listen: Listen,
+    pub limits: Limits,
+    pub auth: Auth,
+    pub start: Start,
+    pub health: Health,
+    pub restart: Restart,
+    pub shutdown: Shutdown,
+    pub observe: Observe,
+}
+
+/// Which model is served.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Model {
+    pub source: ModelSource,
+    /// The name clients see (`--served-model-name`). Never contains `:` (SGLang asserts that).
+    pub name: String,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum ModelSource {
+    /// A repository of the hub (`model.repo`, `model.revision`).
+    Repo { repo: String, revision: String },
+    /// A local folder (`model.path`); nothing is fetched.
+    Folder(PathBuf),
+}
+
+/// How the weights come onto the disk.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Weights {
+    pub download: Download,
+    /// The Hugging Face cache folder; none: `HF_HUB_CACHE`, `HF_HOME/hub`, `~/.cache/huggingface/hub`.
+    pub cache: Option<PathBuf>,
+    /// The hub's address; none: `HF_ENDPOINT`, else the public hub.
+    pub endpoint: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Download {
+    /// Fetch what is missing.
+    Auto,
+    /// Use only what is cached; missing files are an error.
+    Never,
+}
+
+/// What the engine is and what it is told.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Engine {
+    /// The command before the flags, never through a shell: `[python3, -m, sglang.launch_server]`.
+    pub command: Vec<String>,
+    /// Tensor parallelism: the number of GPUs.
+    pub tp: u32,
+    /// What becomes the engine's YAML, in the order it was said, before any check against the engine.
+    pub flags: Flags,
+    /// Environment of the engine, on top of sglangd's own `SGL_*`, `SGLANG_*` and the usual ones.
+    pub env: BTreeMap<String, String>,
+}
+
+/// `engine.flags` (or the native YAML of `APP_LOCAL_CONFIG_PATH`, or what stood after `--`).
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Flags(pub Vec<Flag>);
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Flag {
+    /// With dashes, without the leading `--`.
+    pub name: String,
+    pub value: FlagValue,
+    /// Where it was said, for messages: `config.yaml:31:5`, `command line`, `SGLANGD_…`.
+    pub origin: String,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum FlagValue {
+    /// A bare flag that is present (`true`).
+    On,
+    /// A bare flag that is absent (`false`).
+    Off,
+    /// One word, exactly as the engine is to see it.
+    Word(String),
+    /// Several words after one flag.
+    Words(Vec<String>),
+    /// A JSON object as one word.
+    Json(serde_json::Value),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Listen {
+    /// Where clients connect.
+    pub public: SocketAddr,
+    /// Status and metrics.
+    pub admin: SocketAddr,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Limits {
+    /// Requests open towards the engine at once.
+    pub max: usize,
+    /// Requests in flight the node should carry; the scaling signal.
+    pub target: usize,
+    /// Requests that may wait for a place.
+    pub queue: usize,
+    pub queue_timeout: Duration,
+    /// How long a request is held while the engine starts; zero: answered 503 at once.
+    pub hold: Duration,
+    /// Largest request body, bytes.
+    pub max_body: u64,
+    /// Worker threads of the proxy; none: one a core.
+    pub workers: Option<usize>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Auth {
+    /// File of API keys, one a line: `NAME sha256:HEX`, `#` begins a comment. None: no key asked.
+    pub keys_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Start {
+    /// A start without any progress for this long is a hang.
+    pub stall: Duration,
+    /// A start that takes longer than this is given up, progress or not.
+    pub limit: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Health {
+    /// Between two liveness probes, at least 30 s: a probe is a request to the scheduler.
+    pub probe_interval: Duration,
+    /// `/health` always takes 1 s and answers 503 after 20 s itself.
+    pub probe_timeout: Duration,
+    /// No sign of life for this long while requests wait: hung.
+    pub hang_after: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Restart {
+    /// Failures in `window` after which sglangd gives up.
+    pub max: u32,
+    pub window: Duration,
+    /// First wait before a restart; doubles each time.
+    pub backoff: Duration,
+    pub backoff_max: Duration,
+    pub on_give_up: OnGiveUp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnGiveUp {
+    /// Go on answering 503 with the reason.
+    Serve,
+    /// Exit with the class's code.
+    Exit,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Shutdown {
+    /// From SIGTERM to the end of everything.
+    pub grace: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Observe {
+    pub format: LogFormat,
+    /// A `tracing` filter: `info`, `sglangd=debug,warn`.
+    pub level: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Text for people (coloured on a terminal).
+    Text,
+    /// One JSON object a line.
+    Json,
+}

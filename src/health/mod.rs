@@ -1,0 +1,3 @@
+//! Alive, busy or hung: what is known about the engine from outside.
+
+pub mod client;

@@ -1,0 +1,13 @@
+//! The wall clock, for timestamps that people read. Never for durations: it jumps.
+
+use jiff::Timestamp;
+
+/// Now, in RFC 3339 with milliseconds, UTC.
+pub fn now() -> String {
+    format!("{:.3}", Timestamp::now())
+}
+
+/// Seconds since 1970, for file names and records.
+pub fn unix_seconds() -> i64 {
+    Timestamp::now().as_second()
+}

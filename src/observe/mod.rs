@@ -1,0 +1,4 @@
+//! What sglangd says about itself: logs, status, metrics.
+
+pub mod clock;
+pub mod logging;

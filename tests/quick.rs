@@ -1,0 +1,16 @@
+//! The quick integration tests: no root, no Python, no network. One module a group of
+//! `docs/faults.md`; each fault is a test named by its id.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
+
+mod harness;
+
+mod config_faults;
+mod engine_faults;
+mod http_faults;
+mod limits_faults;
+mod main_job;
+mod probe_and_status;
+mod signal_faults;
+mod simulated_engine;
+mod stream_faults;
+mod weights_faults;
