@@ -1,1 +1,3 @@
-//! (being written)
+//! What the engine is told and says.
+
+pub mod log;
