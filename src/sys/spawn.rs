@@ -27,6 +27,8 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 pub struct Spec {
     /// Program (looked up in the child's PATH) and its arguments; never through a shell.
     pub argv: Vec<OsString>,
+    /// What the process calls itself (`ps`); none: the program.
+    pub arg0: Option<OsString>,
     /// The whole environment: nothing is inherited beside it.
     pub env: BTreeMap<OsString, OsString>,
     pub session: Session,
@@ -87,6 +89,9 @@ impl Spec {
         let mut command = Command::new(program);
         command.args(args).env_clear().envs(&self.env);
         command.stdin(stdio(self.stdin)).stdout(stdio(self.stdout)).stderr(stdio(self.stderr));
+        if let Some(name) = &self.arg0 {
+            command.arg0(name);
+        }
         if let Some(cwd) = &self.cwd {
             command.current_dir(cwd);
         }
@@ -166,6 +171,7 @@ mod tests {
     fn shell(script: &str) -> Spec {
         Spec {
             argv: ["/bin/sh", "-c", script].map(OsString::from).to_vec(),
+            arg0: None,
             env: BTreeMap::from([("PATH".into(), "/usr/bin:/bin".into())]),
             session: Session::New,
             stdin: Stream::Null,
