@@ -2,4 +2,7 @@
 //!
 //! `step` decides (pure); `driver` carries out and reports back (the only async file).
 
+pub mod half;
 pub mod step;
+#[cfg(test)]
+mod worlds;
