@@ -1,1 +1,5 @@
-//! (being written)
+//! What the engine is told: its flags, its YAML, its command line and its environment.
+//!
+//! Knows SGLang's words, not its process (that is `launch`) and not its health (`health`).
+
+pub mod redact;
