@@ -1,3 +1,6 @@
-//! What the engine is told and says.
+//! What the engine is told and what it says: flags, YAML, environment; log grammar, progress, death.
+//!
+//! Knows SGLang's words, not its process (that is `launch`) and not its health (`health`).
 
 pub mod log;
+pub mod redact;
