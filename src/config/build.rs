@@ -54,10 +54,8 @@ impl<'a> Builder<'a> {
                 command: self.words("engine.command"),
                 tp: self.value("engine.tp", |text| whole(text, 1, 1024).map(|n| n as u32)),
                 flags: Flags(self.layers.final_flags()),
-                unknown_flags: self.choice(
-                    "engine.unknown_flags",
-                    &[("refuse", UnknownFlags::Refuse), ("pass", UnknownFlags::Pass)],
-                ),
+                unknown_flags: self
+                    .choice("engine.unknown_flags", &[("refuse", UnknownFlags::Refuse), ("pass", UnknownFlags::Pass)]),
                 env: self.environment(),
             },
             listen: Listen { public: self.address("listen.public"), admin: self.address("listen.admin") },
@@ -96,7 +94,7 @@ impl<'a> Builder<'a> {
             observe: Observe {
                 format: self.choice("observe.log", &[("text", LogFormat::Text), ("json", LogFormat::Json)]),
                 level: self.value("observe.level", |text| {
-                    text.parse::<tracing_subscriber::filter::Targets>()
+                    tracing_subscriber::EnvFilter::try_new(text)
                         .map(|_| text.to_owned())
                         .map_err(|_| "a filter: info, debug, or sglangd=debug,warn".to_owned())
                 }),
@@ -136,8 +134,11 @@ impl<'a> Builder<'a> {
             Node::Scalar { text, place, .. } => Some((text, place)),
             node => {
                 self.mistakes.push(
-                    Mistake::new(format!("`{path}` is {}, not one value", node.describe()), format!("write {}", key.is))
-                        .at(node.place(), "not one value"),
+                    Mistake::new(
+                        format!("`{path}` is {}, not one value", node.describe()),
+                        format!("write {}", key.is),
+                    )
+                    .at(node.place(), "not one value"),
                 );
                 None
             }
@@ -254,7 +255,9 @@ impl<'a> Builder<'a> {
         let mut words = Vec::new();
         for item in items {
             match item {
-                Node::Scalar { text, style, .. } if !text.is_empty() || *style == Style::Quoted => words.push(text.clone()),
+                Node::Scalar { text, style, .. } if !text.is_empty() || *style == Style::Quoted => {
+                    words.push(text.clone())
+                }
                 other => self.mistakes.push(
                     Mistake::new(format!("`{path}` has {} in its list", other.describe()), format!("write {}", key.is))
                         .at(other.place(), "not a word"),
@@ -302,14 +305,21 @@ impl<'a> Builder<'a> {
         let (repo_said, path_said) = (self.last("model.repo"), self.last("model.path"));
         let said = |said: Option<&'a Said>| said.filter(|said| !said.node.is_null());
         let revision = self.value("model.revision", |text| {
-            if text.is_empty() || text.contains(char::is_whitespace) { Err("a branch, tag or commit".to_owned()) } else { Ok(text.to_owned()) }
+            if text.is_empty() || text.contains(char::is_whitespace) {
+                Err("a branch, tag or commit".to_owned())
+            } else {
+                Ok(text.to_owned())
+            }
         });
         let source = match (said(repo_said), said(path_said)) {
             (Some(repo), Some(path)) if repo.layer == path.layer => {
                 self.mistakes.push(
-                    Mistake::new("`model.repo` and `model.path` exclude each other", "keep one: a repository or a folder")
-                        .at(&path.key_place, "this one")
-                        .also(&repo.key_place, "or this one"),
+                    Mistake::new(
+                        "`model.repo` and `model.path` exclude each other",
+                        "keep one: a repository or a folder",
+                    )
+                    .at(&path.key_place, "this one")
+                    .also(&repo.key_place, "or this one"),
                 );
                 None
             }
@@ -328,7 +338,9 @@ impl<'a> Builder<'a> {
         let source = source.unwrap_or_else(|| ModelSource::Folder(PathBuf::new()));
         let default_name = match &source {
             ModelSource::Repo { repo, .. } => repo.clone(),
-            ModelSource::Folder(path) => path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+            ModelSource::Folder(path) => {
+                path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+            }
         };
         let name = self.optional("model.name", model_name).unwrap_or_else(|| {
             if default_name.contains(':') {
@@ -358,7 +370,9 @@ impl<'a> Builder<'a> {
             );
             let places = (self.value_place("listen.public"), self.value_place("listen.admin"));
             match places {
-                (Some(public), Some(admin)) => mistake = mistake.at(&admin, "this port").also(&public, "is taken by this"),
+                (Some(public), Some(admin)) => {
+                    mistake = mistake.at(&admin, "this port").also(&public, "is taken by this")
+                }
                 (Some(place), None) | (None, Some(place)) => mistake = mistake.at(&place, "this port"),
                 (None, None) => {}
             }
@@ -398,7 +412,8 @@ impl<'a> Builder<'a> {
         let said = config.engine.env.get("CUDA_VISIBLE_DEVICES").or(self.bases.visible_devices.as_ref());
         let one_node = !config.engine.flags.0.iter().any(|flag| flag.name == "nnodes");
         let Some(devices) = said.filter(|_| one_node) else { return };
-        let visible = devices.split(',').map(str::trim).take_while(|device| !device.starts_with('-')).filter(|d| !d.is_empty());
+        let visible =
+            devices.split(',').map(str::trim).take_while(|device| !device.starts_with('-')).filter(|d| !d.is_empty());
         let visible = visible.count();
         // None at all: an engine on a CPU.
         if visible == 0 || visible >= config.engine.tp as usize {
@@ -413,7 +428,8 @@ impl<'a> Builder<'a> {
         }
         if let Some(said) = self.layers.env.get("CUDA_VISIBLE_DEVICES").and_then(|said| said.last()) {
             let place = said.node.place();
-            mistake = if mistake.place.is_some() { mistake.also(place, "the GPUs") } else { mistake.at(place, "the GPUs") };
+            mistake =
+                if mistake.place.is_some() { mistake.also(place, "the GPUs") } else { mistake.at(place, "the GPUs") };
         }
         self.mistakes.push(mistake);
     }
@@ -458,7 +474,9 @@ fn repo(text: &str) -> Result<String, String> {
 fn endpoint(text: &str) -> Result<String, String> {
     let host = text.strip_prefix("https://").or(text.strip_prefix("http://"));
     match host {
-        Some(host) if !host.is_empty() && !host.contains(char::is_whitespace) => Ok(text.trim_end_matches('/').to_owned()),
+        Some(host) if !host.is_empty() && !host.contains(char::is_whitespace) => {
+            Ok(text.trim_end_matches('/').to_owned())
+        }
         _ => Err("an address: https://HOST".to_owned()),
     }
 }

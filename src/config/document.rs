@@ -155,7 +155,8 @@ impl Reader<'_> {
     fn node(&mut self, event: OwnedEvent, place: Place, depth: usize) -> Read<Node> {
         if depth > MAX_DEPTH {
             return Err(Box::new(
-                Mistake::new(format!("nested deeper than {MAX_DEPTH} levels"), "no setting needs that").at(&place, "here"),
+                Mistake::new(format!("nested deeper than {MAX_DEPTH} levels"), "no setting needs that")
+                    .at(&place, "here"),
             ));
         }
         match event {

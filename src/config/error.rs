@@ -94,8 +94,7 @@ impl ConfigError {
             Color::Terminal => GraphicalTheme::unicode(),
             Color::Plain => GraphicalTheme::unicode_nocolor(),
         };
-        let handler =
-            GraphicalReportHandler::new_themed(theme).with_width(100).with_context_lines(1).with_links(false);
+        let handler = GraphicalReportHandler::new_themed(theme).with_width(100).with_context_lines(1).with_links(false);
         let mut out = String::new();
         for mistake in &self.mistakes {
             // Writing to a String cannot fail; a report that cannot be drawn is still said in one line.
@@ -157,8 +156,7 @@ impl Diagnostic for Report<'_> {
     fn labels(&self) -> Option<Box<dyn Iterator<Item = LabeledSpan> + '_>> {
         let here = self.mistake.place.as_ref()?;
         let label = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-        let mut labels =
-            vec![LabeledSpan::new_primary_with_span(label(&self.mistake.label), (here.start, here.len))];
+        let mut labels = vec![LabeledSpan::new_primary_with_span(label(&self.mistake.label), (here.start, here.len))];
         if let Some((place, text)) = &self.mistake.also
             && Arc::ptr_eq(&place.source, &here.source)
         {

@@ -21,14 +21,19 @@ impl Folders {
         let said = |flag: Option<PathBuf>, own: &str, systemd: &str| {
             flag.or_else(|| sources.path_var(own))
                 // systemd lists several folders with colons; the first is the unit's own.
-                .or_else(|| sources.var(systemd).and_then(|all| all.split(':').next().filter(|f| !f.is_empty()).map(PathBuf::from)))
+                .or_else(|| {
+                    sources
+                        .var(systemd)
+                        .and_then(|all| all.split(':').next().filter(|f| !f.is_empty()).map(PathBuf::from))
+                })
                 .map(|folder| sources.cwd.join(folder))
         };
         let (runtime, state) = match sources.user {
             User::Root => (PathBuf::from("/run/sglangd"), PathBuf::from("/var/lib/sglangd")),
             User::Other(uid) => {
                 let runtime = sources.absolute_var("XDG_RUNTIME_DIR").map(|dir| dir.join("sglangd"));
-                let state = sources.absolute_var("XDG_STATE_HOME").or_else(|| Some(sources.home()?.join(".local/state")));
+                let state =
+                    sources.absolute_var("XDG_STATE_HOME").or_else(|| Some(sources.home()?.join(".local/state")));
                 let temporary = PathBuf::from(format!("/tmp/sglangd-{uid}"));
                 (
                     runtime.unwrap_or_else(|| temporary.clone()),

@@ -70,8 +70,11 @@ impl Layers {
             Ok(Node::Map(entries, _)) => entries.iter().for_each(|entry| self.flag(entry, &entry.key)),
             Ok(node) if node.is_null() => {}
             Ok(node) => self.mistakes.push(
-                Mistake::new(format!("{} is {}, not a map of flags", source.name, node.describe()), "write `flag: value` lines")
-                    .at(node.place(), "here"),
+                Mistake::new(
+                    format!("{} is {}, not a map of flags", source.name, node.describe()),
+                    "write `flag: value` lines",
+                )
+                .at(node.place(), "here"),
             ),
             Err(mistakes) => self.mistakes.extend(mistakes),
         }
@@ -126,8 +129,7 @@ impl Layers {
     fn assign(&mut self, key: &'static Key, entry: &Entry) {
         match key.shape {
             Shape::Scalar | Shape::Words => {
-                let said =
-                    Said { node: entry.value.clone(), key_place: entry.key_place.clone(), layer: self.layer };
+                let said = Said { node: entry.value.clone(), key_place: entry.key_place.clone(), layer: self.layer };
                 self.said.entry(key.path).or_default().push(said);
             }
             Shape::Flags | Shape::Environment => {
@@ -177,9 +179,9 @@ impl Layers {
             {
                 continue;
             }
-            let known = KEYS.iter().find(|key| {
-                matches!(key.shape, Shape::Scalar | Shape::Words) && keys::variable(key.path) == name
-            });
+            let known = KEYS
+                .iter()
+                .find(|key| matches!(key.shape, Shape::Scalar | Shape::Words) && keys::variable(key.path) == name);
             if let Some(key) = known {
                 self.text(key.path, SourceKind::Environment, name, value);
             } else if let Some(flag) = name.strip_prefix(FLAG_VARIABLE).filter(|rest| !rest.is_empty()) {
@@ -318,8 +320,11 @@ fn flag_value(node: &Node, name: &str) -> Result<Option<FlagValue>, Box<Mistake>
                 Node::Scalar { text, .. } if !item.is_null() => Ok(text.clone()),
                 Node::Map(..) => Ok(json(item).to_string()),
                 _ => Err(Box::new(
-                    Mistake::new(format!("`{name}` has {} in its list", item.describe()), "a list of a flag holds words")
-                        .at(item.place(), "not a word"),
+                    Mistake::new(
+                        format!("`{name}` has {} in its list", item.describe()),
+                        "a list of a flag holds words",
+                    )
+                    .at(item.place(), "not a word"),
                 )),
             });
             FlagValue::Words(words.collect::<Result<_, _>>()?)

@@ -33,6 +33,8 @@ pub struct Sources {
     pub env: BTreeMap<OsString, OsString>,
     pub cwd: PathBuf,
     pub user: User,
+    /// The machine's own file: root's place for the shipped one, and the last that is looked for.
+    pub system_config: PathBuf,
     pub missing: WhenMissing,
     pub needs: Needs,
 }
@@ -99,7 +101,12 @@ impl Sources {
             engine_flags: Vec::new(),
             env: std::env::vars_os().collect(),
             cwd: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
-            user: if nix::unistd::geteuid().is_root() { User::Root } else { User::Other(nix::unistd::geteuid().as_raw()) },
+            user: if nix::unistd::geteuid().is_root() {
+                User::Root
+            } else {
+                User::Other(nix::unistd::geteuid().as_raw())
+            },
+            system_config: PathBuf::from("/etc/sglangd/config.yaml"),
             missing,
             needs: Needs::Engine,
         }
@@ -126,10 +133,6 @@ impl Sources {
     fn user_config(&self) -> Option<PathBuf> {
         let base = self.absolute_var("XDG_CONFIG_HOME").or_else(|| Some(self.home()?.join(".config")))?;
         Some(base.join("sglangd/config.yaml"))
-    }
-
-    fn system_config() -> PathBuf {
-        PathBuf::from("/etc/sglangd/config.yaml")
     }
 }
 
@@ -191,13 +194,18 @@ fn built_in() -> std::sync::Arc<Source> {
 type Text = (Option<PathBuf>, std::sync::Arc<Source>);
 
 /// The files named, else the first one found, else the shipped one.
-fn base_texts(sources: &Sources, warnings: &mut Vec<String>, notices: &mut Vec<String>) -> Result<Vec<Text>, ConfigError> {
+fn base_texts(
+    sources: &Sources,
+    warnings: &mut Vec<String>,
+    notices: &mut Vec<String>,
+) -> Result<Vec<Text>, ConfigError> {
     let mut named = sources.files.clone();
     if named.is_empty() {
         named.extend(sources.path_var("SGLANGD_CONFIG"));
     }
     if named.is_empty() {
-        let places = [Some(sources.cwd.join("config.yaml")), sources.user_config(), Some(Sources::system_config())];
+        let places =
+            [Some(sources.cwd.join("config.yaml")), sources.user_config(), Some(sources.system_config.clone())];
         // A dangling link counts as there: it was meant.
         named.extend(places.into_iter().flatten().find(|path| path.symlink_metadata().is_ok()));
     }
@@ -218,7 +226,7 @@ fn base_texts(sources: &Sources, warnings: &mut Vec<String>, notices: &mut Vec<S
         return Ok(vec![(None, built_in())]);
     }
     let place = match sources.user {
-        User::Root => Some(Sources::system_config()),
+        User::Root => Some(sources.system_config.clone()),
         User::Other(_) => sources.user_config(),
     };
     let Some(place) = place else {
@@ -307,10 +315,9 @@ fn origins(layers: &Layers, config: &Config) -> Vec<Origin> {
     }
     for name in config.engine.env.keys() {
         let said = layers.env.get(name).map(Vec::as_slice).unwrap_or_default();
-        let all = said.iter().map(|said| Lost {
-            value: shown(name, &node_text(&said.node)),
-            from: said.node.place().to_string(),
-        });
+        let all = said
+            .iter()
+            .map(|said| Lost { value: shown(name, &node_text(&said.node)), from: said.node.place().to_string() });
         out.extend(origin(format!("engine.env.{name}"), all.collect()));
     }
     out

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 pub use error::{Color, ConfigError, Mistake, nearest};
 pub use layers::is_negative_number;
-pub use load::{Loaded, Needs, Origin, SHIPPED, Sources, User, WhenMissing, load};
+pub use load::{Loaded, Lost, Needs, Origin, SHIPPED, Sources, User, WhenMissing, flag_text, load};
 pub use source::MAX_FILE;
 
 /// Everything sglangd was told, checked.

@@ -144,9 +144,13 @@ fn text(shown: &str, bytes: Vec<u8>) -> Result<Arc<Source>, Mistake> {
     let bad = text.char_indices().find(|&(_, c)| control(c));
     let source = Source::new(SourceKind::File, shown, text);
     if let Some((offset, c)) = bad {
-        let what = if c == '\0' { "a NUL byte".to_owned() } else { format!("the control character U+{:04X}", u32::from(c)) };
-        return Err(Mistake::new(format!("{shown} holds {what}, which YAML forbids"), "remove it; is this a text file?")
-            .at(&Place { source, start: offset, len: 1 }, "here"));
+        let what =
+            if c == '\0' { "a NUL byte".to_owned() } else { format!("the control character U+{:04X}", u32::from(c)) };
+        return Err(Mistake::new(
+            format!("{shown} holds {what}, which YAML forbids"),
+            "remove it; is this a text file?",
+        )
+        .at(&Place { source, start: offset, len: 1 }, "here"));
     }
     Ok(source)
 }

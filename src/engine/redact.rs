@@ -145,14 +145,27 @@ mod tests {
 
     #[test]
     fn names_that_hold_secrets_are_told_from_those_that_count_tokens() {
-        for name in ["api-key", "admin_api_key", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "ssl-keyfile-password",
-            "AWS_SECRET_ACCESS_KEY", "engine.flags.api-key", "--api-key"]
-        {
+        for name in [
+            "api-key",
+            "admin_api_key",
+            "HF_TOKEN",
+            "HUGGING_FACE_HUB_TOKEN",
+            "ssl-keyfile-password",
+            "AWS_SECRET_ACCESS_KEY",
+            "engine.flags.api-key",
+            "--api-key",
+        ] {
             assert!(is_secret_name(name), "{name}");
         }
-        for name in ["max-total-tokens", "speculative-num-draft-tokens", "tokenizer-path", "keys_file",
-            "speculative-token-map", "disable-tokenizer-batch-decode", "num-reserved-decode-tokens"]
-        {
+        for name in [
+            "max-total-tokens",
+            "speculative-num-draft-tokens",
+            "tokenizer-path",
+            "keys_file",
+            "speculative-token-map",
+            "disable-tokenizer-batch-decode",
+            "num-reserved-decode-tokens",
+        ] {
             assert!(!is_secret_name(name), "{name}");
         }
     }
