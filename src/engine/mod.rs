@@ -5,6 +5,7 @@
 pub mod argv;
 pub mod env;
 pub mod flags;
+pub mod inspect;
 pub mod legacy;
 pub mod log;
 pub mod redact;
