@@ -1,1 +1,5 @@
 //! (being written)
+
+pub mod hub;
+mod hub_answers;
+pub mod model;
