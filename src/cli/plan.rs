@@ -225,6 +225,13 @@ fn engine_view(spec: &LaunchSpec, source: &TableSource, folders: &Folders, own: 
     if let Some(port) = argv.iter().position(|word| word == "--port").and_then(|at| argv.get_mut(at + 1)) {
         PORT.clone_into(port);
     }
+    // A flag that nobody knows may carry a secret as the word after it.
+    for at in 0..argv.len() {
+        argv[at] = match at.checked_sub(1).map(|before| &argv[before]) {
+            Some(before) if before.starts_with("--") && redact::is_secret_name(before) => redact::MASK.to_owned(),
+            _ => redact::text(&argv[at]),
+        };
+    }
     let (set, removed) = env_changes(spec, own);
     let hidden = |name: String, value: String| {
         let value = if redact::is_secret_name(&name) { redact::MASK.to_owned() } else { redact::text(&value) };
