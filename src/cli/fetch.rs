@@ -63,7 +63,7 @@ pub fn run(args: FetchArgs) -> Exit {
             return Exit::Usage;
         }
     };
-    logging::init(LogFormat::Text, show.log_level());
+    let _log = logging::init(LogFormat::Text, show.log_level());
     let request = match request(&args) {
         Ok(request) => request,
         Err((message, exit)) => {
