@@ -24,18 +24,21 @@ pub const SGLANGD: &str = env!("CARGO_BIN_EXE_sglangd");
 /// Inherited by every process of one daemon: SGLang's prefix, so that sglangd hands it to the engine too.
 const MARK: &str = "SGLANG_TEST_MARK";
 
-/// Between two looks of [`eventually`]: well under the 50 ms that the shortest promise speaks of.
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// Between two looks: well under the 50 ms that the shortest promise speaks of at first, less and less
+/// often the longer it takes, since an engine that starts needs the cores that the looking would take.
+fn look_again(waited: Duration) -> Duration {
+    (waited / 100).clamp(Duration::from_millis(10), Duration::from_millis(200))
+}
 
 /// Looks again and again until `look` finds something; says what was waited for when it never does.
 pub async fn eventually<T>(what: &str, within: Duration, mut look: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + within;
+    let begun = Instant::now();
     loop {
         if let Some(found) = look().await {
             return found;
         }
-        assert!(Instant::now() < deadline, "not within {within:?}: {what}");
-        tokio::time::sleep(LOOK_AGAIN).await;
+        assert!(begun.elapsed() < within, "not within {within:?}: {what}");
+        tokio::time::sleep(look_again(begun.elapsed())).await;
     }
 }
 
@@ -276,13 +279,8 @@ impl Daemon {
     }
 
     /// Like [`eventually`], but ends early, with the log, when the daemon does.
-    pub async fn until<T>(
-        &mut self,
-        what: &str,
-        within: Duration,
-        mut look: impl AsyncFnMut(&Self) -> Option<T>,
-    ) -> T {
-        let deadline = Instant::now() + within;
+    pub async fn until<T>(&mut self, what: &str, within: Duration, mut look: impl AsyncFnMut(&Self) -> Option<T>) -> T {
+        let begun = Instant::now();
         loop {
             self.note_processes();
             if let Some(found) = look(self).await {
@@ -291,8 +289,8 @@ impl Daemon {
             if let Some(status) = self.poll_exit() {
                 panic!("sglangd ended ({status}) while waiting for: {what}\n{}", self.tail());
             }
-            assert!(Instant::now() < deadline, "not within {within:?}: {what}\n{}", self.tail());
-            tokio::time::sleep(LOOK_AGAIN).await;
+            assert!(begun.elapsed() < within, "not within {within:?}: {what}\n{}", self.tail());
+            tokio::time::sleep(look_again(begun.elapsed())).await;
         }
     }
 
@@ -315,14 +313,14 @@ impl Daemon {
 
     /// Waits for its end; the code, or the signal as a negative number.
     pub async fn exit(&mut self, within: Duration) -> i32 {
-        let deadline = Instant::now() + within;
+        let begun = Instant::now();
         loop {
             if let Some(status) = self.poll_exit() {
                 return status.code().unwrap_or_else(|| -status.signal().unwrap());
             }
             self.note_processes();
-            assert!(Instant::now() < deadline, "sglangd has not ended within {within:?}\n{}", self.tail());
-            tokio::time::sleep(LOOK_AGAIN).await;
+            assert!(begun.elapsed() < within, "sglangd has not ended within {within:?}\n{}", self.tail());
+            tokio::time::sleep(look_again(begun.elapsed())).await;
         }
     }
 
@@ -381,14 +379,14 @@ impl Daemon {
     /// No process, no listener, no temporary file, no socket, no shared memory of its own.
     pub async fn leaves_nothing(&mut self, within: Duration) {
         assert!(self.poll_exit().is_some(), "it still runs");
-        let deadline = Instant::now() + within;
+        let begun = Instant::now();
         loop {
             let left = self.left();
             if left.is_empty() {
                 return;
             }
-            assert!(Instant::now() < deadline, "left behind:\n{left}\n{}", self.tail());
-            tokio::time::sleep(LOOK_AGAIN).await;
+            assert!(begun.elapsed() < within, "left behind:\n{left}\n{}", self.tail());
+            tokio::time::sleep(look_again(begun.elapsed())).await;
         }
     }
 
@@ -422,8 +420,7 @@ impl Daemon {
     /// Names with a pid of its own, and names of the engine's kinds that no living process has mapped:
     /// quick tests run side by side, and a neighbour's engine is alive.
     fn may_be_mine(&self, name: &str) -> bool {
-        let numbers: BTreeSet<i32> =
-            name.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect();
+        let numbers: BTreeSet<i32> = name.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect();
         if self.seen.keys().any(|pid| numbers.contains(pid)) {
             return true;
         }
