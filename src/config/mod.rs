@@ -4,10 +4,25 @@
 //! shipped `config.yaml`, once, where there is none). Every value here is already checked: what is
 //! impossible cannot be represented or is refused by `load`, with file, line, column and the way out.
 
+mod build;
+mod document;
+mod error;
+pub mod folders;
+pub mod keys;
+mod layers;
+mod load;
+mod source;
+pub mod units;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+
+pub use error::{Color, ConfigError, Mistake, nearest};
+pub use layers::is_negative_number;
+pub use load::{Loaded, Lost, Needs, Origin, SHIPPED, Sources, User, WhenMissing, flag_text, load};
+pub use source::MAX_FILE;
 
 /// Everything sglangd was told, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -68,8 +83,18 @@ pub struct Engine {
     pub tp: u32,
     /// What becomes the engine's YAML, in the order it was said, before any check against the engine.
     pub flags: Flags,
+    /// What becomes of flags that the engine's parser does not know.
+    pub unknown_flags: UnknownFlags,
     /// Environment of the engine, on top of sglangd's own `SGL_*`, `SGLANG_*` and the usual ones.
     pub env: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnknownFlags {
+    /// An error with "did you mean".
+    Refuse,
+    /// Handed to the engine as said, with a warning: for an engine newer than the table.
+    Pass,
 }
 
 /// `engine.flags` (or the native YAML of `APP_LOCAL_CONFIG_PATH`, or what stood after `--`).

@@ -1,1 +1,12 @@
-//! (being written)
+//! What the engine is told and what it says: flags, YAML, environment; log grammar, progress, death.
+//!
+//! Knows SGLang's words, not its process (that is `launch`) and not its health (`health`).
+
+pub mod log;
+pub mod argv;
+pub mod env;
+pub mod flags;
+pub mod legacy;
+pub mod redact;
+pub mod resolve;
+pub mod yaml;

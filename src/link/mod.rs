@@ -6,6 +6,7 @@
 //!
 //! This module does not know what either side does with a message.
 
+pub mod status;
 mod wire;
 
 use std::net::SocketAddr;

@@ -1,1 +1,8 @@
-//! (being written)
+//! The core: what state the engine is in, and what is done about it.
+//!
+//! `step` decides (pure); `driver` carries out and reports back (the only async file).
+
+pub mod half;
+pub mod step;
+#[cfg(test)]
+mod worlds;
