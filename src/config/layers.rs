@@ -41,6 +41,8 @@ pub struct FlagSaid {
     /// None: `null`, take it away.
     pub value: Option<FlagValue>,
     pub origin: String,
+    /// None: after `--`.
+    pub place: Option<Place>,
 }
 
 #[derive(Debug, Default)]
@@ -164,7 +166,10 @@ impl Layers {
     fn flag(&mut self, entry: &Entry, name: &str) {
         let origin = entry.key_place.to_string();
         match flag_value(&entry.value, name) {
-            Ok(value) => self.flags.push(FlagSaid { name: name.to_owned(), value, origin }),
+            Ok(value) => {
+                let place = Some(entry.key_place.clone());
+                self.flags.push(FlagSaid { name: name.to_owned(), value, origin, place });
+            }
             Err(mistake) => self.mistakes.push(*mistake),
         }
     }
@@ -276,7 +281,12 @@ impl Layers {
                 };
                 (flag, value)
             };
-            self.flags.push(FlagSaid { name: name.to_owned(), value: Some(value), origin: ORIGIN.to_owned() });
+            self.flags.push(FlagSaid {
+                name: name.to_owned(),
+                value: Some(value),
+                origin: ORIGIN.to_owned(),
+                place: None,
+            });
         }
         self.layer += 1;
     }

@@ -12,7 +12,7 @@ use super::build::{Bases, Builder, scalar_defaults};
 use super::document::Node;
 use super::error::{ConfigError, Mistake};
 use super::layers::Layers;
-use super::source::{self, Source, SourceKind};
+use super::source::{self, Place, Source, SourceKind};
 use super::{Config, FlagValue};
 use crate::engine::redact;
 
@@ -73,6 +73,15 @@ pub struct Loaded {
     pub notices: Vec<String>,
     /// Who said each value, and who lost.
     pub origins: Vec<Origin>,
+    /// Where each flag was said, for carets under what only the engine's table can tell to be wrong.
+    flag_places: Vec<(String, String, Place)>,
+}
+
+impl Loaded {
+    /// Where a flag of this name and origin was said.
+    pub fn flag_place(&self, name: &str, origin: &str) -> Option<&Place> {
+        self.flag_places.iter().find(|(n, o, _)| n == name && o == origin).map(|(.., place)| place)
+    }
 }
 
 /// One value, who said it, and who said otherwise before.
@@ -173,8 +182,13 @@ pub fn load(sources: &Sources) -> Result<Loaded, ConfigError> {
         return Err(ConfigError { mistakes: kept });
     }
     let origins = origins(&layers, &config);
+    let flag_places = layers
+        .flags
+        .iter()
+        .filter_map(|said| Some((said.name.clone(), said.origin.clone(), said.place.clone()?)))
+        .collect();
     let warnings = layers.warnings.into_iter().chain(warnings).collect();
-    Ok(Loaded { config, files, warnings, notices, origins })
+    Ok(Loaded { config, files, warnings, notices, origins, flag_places })
 }
 
 impl Config {

@@ -22,7 +22,7 @@ use std::time::Duration;
 pub use error::{Color, ConfigError, Mistake, nearest};
 pub use layers::is_negative_number;
 pub use load::{Loaded, Lost, Needs, Origin, SHIPPED, Sources, User, WhenMissing, flag_text, load};
-pub use source::MAX_FILE;
+pub use source::{MAX_FILE, Place};
 
 /// Everything sglangd was told, checked.
 #[derive(Debug, Clone, PartialEq)]

@@ -128,6 +128,11 @@ pub fn warnings(config: &Config) -> Vec<String> {
     out
 }
 
+/// Whether a variable holds the hub's token.
+pub fn is_hub_token(name: &OsStr) -> bool {
+    name.to_str().is_some_and(|name| HUB_TOKENS.contains(&name))
+}
+
 fn inherited(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else { return true };
     !name.starts_with("SGLANGD_")

@@ -55,6 +55,9 @@ pub struct FlagSpec {
     pub deprecated: bool,
     #[serde(default)]
     pub replacement: Option<String>,
+    /// Retired: the engine ends with these words.
+    #[serde(default)]
+    pub error_message: Option<String>,
 }
 
 /// How many words stand after a flag.

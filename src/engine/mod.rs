@@ -2,11 +2,12 @@
 //!
 //! Knows SGLang's words, not its process (that is `launch`) and not its health (`health`).
 
-pub mod log;
 pub mod argv;
 pub mod env;
 pub mod flags;
+pub mod inspect;
 pub mod legacy;
+pub mod log;
 pub mod redact;
 pub mod resolve;
 pub mod yaml;

@@ -3,7 +3,9 @@
 //!
 //! Pure: asks neither the engine nor the disk. All mistakes are reported at once.
 
-use crate::config::{Config, Flag, FlagValue, ModelSource, UnknownFlags, is_negative_number, nearest};
+use crate::config::{
+    Config, ConfigError, Flag, FlagValue, Loaded, Mistake, ModelSource, UnknownFlags, is_negative_number, nearest,
+};
 use crate::engine::flags::{FlagSpec, FlagTable, TableOrigin, Takes};
 use crate::engine::legacy::{self, Fate};
 
@@ -54,6 +56,17 @@ pub struct FlagError {
     pub help: String,
     /// Where it was said: `config.yaml:31:5`, `command line`.
     pub origin: String,
+}
+
+impl FlagErrors {
+    /// With the file's lines and carets, where a file said it.
+    pub fn explain(&self, loaded: &Loaded) -> ConfigError {
+        let mistakes = self.0.iter().map(|error| match loaded.flag_place(&error.flag, &error.origin) {
+            Some(place) => Mistake::new(&error.message, &error.help).at(place, "this flag"),
+            None => Mistake::new(format!("{}: {}", error.origin, error.message), &error.help),
+        });
+        ConfigError { mistakes: mistakes.collect() }
+    }
 }
 
 /// Flags that sglangd sets itself, by their usual names, and who decides instead.
@@ -159,6 +172,12 @@ impl<'a> Run<'a> {
 
     fn known(&mut self, said: &'a Flag, spec: &'a FlagSpec) {
         let mut value = said.value.clone();
+        if let Some(words) = &spec.error_message {
+            if value != FlagValue::Off {
+                self.error(said, format!("{} refuses `{}`", self.table.describe(), said.name), words.clone());
+            }
+            return;
+        }
         if spec.takes() == Takes::OnOrOff
             && said.name != spec.name
             && said.name.strip_prefix("no-").is_some_and(|rest| rest == spec.name)

@@ -21,6 +21,10 @@ impl Cause {
 
     /// It may pass by itself.
     pub fn passing(class: &'static str, exit: u8, sentence: impl Into<String>, advice: impl Into<String>) -> Self {
-        Self { failure: Failure { class, retry: Retry::Backoff, exit }, sentence: sentence.into(), advice: advice.into() }
+        Self {
+            failure: Failure { class, retry: Retry::Backoff, exit },
+            sentence: sentence.into(),
+            advice: advice.into(),
+        }
     }
 }

@@ -65,7 +65,12 @@ fn own_command(words: &[&str]) -> Vec<OsString> {
     std::iter::once("/proc/self/exe").chain(words.iter().copied()).map(OsString::from).collect()
 }
 
-async fn run_child(spawner: &Spawner, current: &Current, spec: Spec, output: impl Future<Output = ()>) -> io::Result<Ended> {
+async fn run_child(
+    spawner: &Spawner,
+    current: &Current,
+    spec: Spec,
+    output: impl Future<Output = ()>,
+) -> io::Result<Ended> {
     let (child, end) = spawner.spawn(spec).await?;
     current.set(Some(child.pidfd));
     let (how, ()) = tokio::join!(end, output);

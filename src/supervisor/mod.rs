@@ -2,7 +2,12 @@
 //!
 //! `step` decides (pure); `driver` carries out and reports back (the only async file).
 
+pub mod cause;
+pub mod fetcher;
 pub mod half;
+pub mod prepare;
+pub mod report;
+pub mod running;
 pub mod step;
 #[cfg(test)]
 mod worlds;

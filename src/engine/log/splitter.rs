@@ -34,7 +34,7 @@ impl Splitter {
             if self.begun.is_empty() {
                 let kept = &line[..line.len().min(MAX_LINE)];
                 if !kept.is_empty() {
-                    each(RawLine { bytes: kept, dropped: (line.len() - kept.len()) as u64 });
+                    apart(kept, (line.len() - kept.len()) as u64, &mut each);
                 }
             } else {
                 self.keep(line);
@@ -64,9 +64,24 @@ impl Splitter {
     }
 
     fn flush(&mut self, each: &mut impl FnMut(RawLine<'_>)) {
-        each(RawLine { bytes: &self.begun, dropped: self.dropped });
+        apart(&self.begun, self.dropped, each);
         self.begun.clear();
         self.dropped = 0;
+    }
+}
+
+/// A bar has no end of its own: what another rank writes after it, on the same pipe, is a line too.
+fn apart(line: &[u8], dropped: u64, each: &mut impl FnMut(RawLine<'_>)) {
+    let bar_end = [&b"/s]["[..], b"/it]["].iter().find_map(|end| {
+        let at = memchr::memmem::find(line, end)?;
+        Some(at + end.len() - 1)
+    });
+    match bar_end {
+        Some(at) => {
+            each(RawLine { bytes: &line[..at], dropped: 0 });
+            each(RawLine { bytes: &line[at..], dropped });
+        }
+        None => each(RawLine { bytes: line, dropped }),
     }
 }
 
@@ -119,6 +134,13 @@ mod tests {
         assert_eq!(seen.len(), 1);
         splitter.push(b"\rLoad: 100% | 3/3 [01:10<00:00, 18.30it/s]\n", |line| seen.push(line.bytes.to_vec()));
         assert_eq!(seen.len(), 2);
+    }
+
+    #[test]
+    fn a_line_behind_a_bar_is_a_line_of_its_own() {
+        let got = lines(&[b"\rLoad:  33% | 1/3 [00:00<?, ?it/s][2026-11-23 18:58:04 TP1] Memory pool end.\n"]);
+        assert_eq!(got[1].0, b"[2026-11-23 18:58:04 TP1] Memory pool end.");
+        assert_eq!(got.len(), 2);
     }
 
     proptest! {
