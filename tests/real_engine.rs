@@ -3,13 +3,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::time::Instant;
 
 use crate::harness::daemon::{Daemon, SGLANGD, Setup, eventually, free_address};
@@ -281,21 +282,31 @@ async fn it_serves_streams_survives_a_dead_scheduler_and_stops_in_mid_stream() {
 }
 
 /// The embedded hub as a process of its own, ended with the test.
-struct Hub(Child, String);
+struct Hub {
+    process: Child,
+    url: String,
+    _repositories: TempDir,
+}
 
 impl Hub {
-    async fn start(folder: &std::path::Path) -> Self {
+    /// Serves the model as a repository.
+    async fn start(model: &Path) -> Self {
+        let repositories = tempfile::Builder::new().prefix("sd-").tempdir_in("/tmp").unwrap();
+        let repository = repositories.path().join(REPO);
+        fs::create_dir_all(&repository).unwrap();
+        for file in fs::read_dir(model).unwrap().flatten() {
+            fs::copy(file.path(), repository.join(file.file_name())).unwrap();
+        }
         let address = free_address();
-        let hub = Command::new(SGLANGD)
-            .args(["simulate", "hub", "--listen", &address.to_string(), "--repo", REPO, "--folder"])
-            .arg(folder)
+        let process = Command::new(SGLANGD)
+            .args(["simulate", "hub", "--listen", &address.to_string(), "--folder"])
+            .arg(repositories.path())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let url = format!("http://{address}");
-        let listing = format!("{url}/api/models/{REPO}/revision/main");
-        let hub = Self(hub, url);
+        let hub = Self { process, url: format!("http://{address}"), _repositories: repositories };
+        let listing = format!("{}/api/models/{REPO}/revision/main", hub.url);
         eventually("the hub answers", Duration::from_secs(10), async || {
             http().get(&listing).send().await.ok().filter(|answer| answer.status() == 200)
         })
@@ -306,8 +317,8 @@ impl Hub {
 
 impl Drop for Hub {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
 
