@@ -324,7 +324,7 @@ impl Drop for Hub {
 
 fn from_hub(hub: &Hub) -> Setup {
     Setup::bare()
-        .config(&format!("model:\n  repo: {REPO}\n  revision: main\n  name: tiny\nweights:\n  endpoint: {}\n", hub.1))
+        .config(&format!("model:\n  repo: {REPO}\n  revision: main\n  name: tiny\nweights:\n  endpoint: {}\n", hub.url))
 }
 
 #[tokio::test(flavor = "multi_thread")]
