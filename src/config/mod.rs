@@ -212,3 +212,25 @@ pub enum LogFormat {
     /// One JSON object a line.
     Json,
 }
+
+/// Which keys differ: what a reload cannot make live.
+pub fn needs_restart(running: &Config, said: &Config) -> Vec<&'static str> {
+    let mut keys = Vec::new();
+    let mut differs = |name, differs: bool| {
+        if differs {
+            keys.push(name);
+        }
+    };
+    differs("model", running.model != said.model);
+    differs("weights", running.weights != said.weights);
+    differs("engine", running.engine != said.engine);
+    differs("listen", running.listen != said.listen);
+    differs("limits", running.limits != said.limits);
+    differs("auth", running.auth != said.auth);
+    differs("start", running.start != said.start);
+    differs("health", running.health != said.health);
+    differs("restart", running.restart != said.restart);
+    differs("shutdown", running.shutdown != said.shutdown);
+    differs("observe", running.observe != said.observe);
+    keys
+}

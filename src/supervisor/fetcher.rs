@@ -65,19 +65,6 @@ fn own_command(words: &[&str]) -> Vec<OsString> {
     std::iter::once("/proc/self/exe").chain(words.iter().copied()).map(OsString::from).collect()
 }
 
-async fn run_child(
-    spawner: &Spawner,
-    current: &Current,
-    spec: Spec,
-    output: impl Future<Output = ()>,
-) -> io::Result<Ended> {
-    let (child, end) = spawner.spawn(spec).await?;
-    current.set(Some(child.pidfd));
-    let (how, ()) = tokio::join!(end, output);
-    current.set(None);
-    Ok(how.unwrap_or(Ended::Exited(i32::from(Exit::Bug.code()))))
-}
-
 /// Runs `sglangd plan --inspect` with the daemon's own arguments: asks the installed engine's parser
 /// for its flags (some 20 s, no GPU) and caches the answer.
 pub async fn inspect(
@@ -86,9 +73,7 @@ pub async fn inspect(
     arguments: Vec<OsString>,
     env: BTreeMap<OsString, OsString>,
 ) -> Result<(), Cause> {
-    let (reader, writer) = io::pipe().map_err(|error| no_resources("a pipe", &error))?;
-    let reader = pipe::Receiver::from_owned_fd(reader.into()).map_err(|error| no_resources("a pipe", &error))?;
-    let mut argv = own_command(&["plan", "--inspect", "--output-fd", &writer.as_raw_fd().to_string()]);
+    let mut argv = own_command(&["plan", "--inspect"]);
     argv.extend(arguments);
     let spec = Spec {
         argv,
@@ -97,33 +82,33 @@ pub async fn inspect(
         session: Session::New,
         stdin: Stream::Null,
         stdout: Stream::Null,
-        stderr: Stream::Null,
-        keep: vec![writer.as_raw_fd()],
+        stderr: Stream::Piped,
+        keep: Vec::new(),
         cwd: None,
         on_parent_death: ParentDeath::Kill,
     };
-    let mut said = String::new();
-    let output = async {
-        let mut bytes = Vec::new();
+    let no_check = |error: io::Error| no_resources("the check of the engine's flags", &error);
+    let (mut child, end) = spawner.spawn(spec).await.map_err(no_check)?;
+    current.set(Some(child.pidfd));
+    let mut said = Vec::new();
+    if let Some(stderr) = child.stderr.take() {
+        let reader = pipe::Receiver::from_owned_fd(stderr.into()).map_err(no_check)?;
         // A broken pipe leaves what came before it.
-        let _ = reader.take(MAX_OUTPUT).read_to_end(&mut bytes).await;
-        said = String::from_utf8_lossy(&bytes).into_owned();
-    };
-    let spawned = run_child(spawner, current, spec, async {
-        drop(writer);
-        output.await;
-    });
-    match spawned.await {
-        Ok(Ended::Exited(0)) => Ok(()),
-        Ok(Ended::Exited(code)) if code == i32::from(Exit::Config.code()) || code == i32::from(Exit::Engine.code()) => {
-            Err(Cause::never("bad_config", code as u8, said.trim().to_owned(), ""))
+        let _ = reader.take(MAX_OUTPUT).read_to_end(&mut said).await;
+    }
+    let how = end.await.unwrap_or(Ended::Exited(-1));
+    current.set(None);
+    match how {
+        Ended::Exited(0) => Ok(()),
+        Ended::Exited(code) if code == i32::from(Exit::Config.code()) => {
+            let said = String::from_utf8_lossy(&said).trim().trim_start_matches("sglangd: ").to_owned();
+            Err(Cause::never("bad_config", Exit::Config.code(), said, ""))
         }
-        Ok(how) => {
+        how => {
             // Not worth a start: the bundled table stands in, and the engine has the last word.
             tracing::warn!("the installed engine's flags could not be read ({how}); the bundled table is used");
             Ok(())
         }
-        Err(error) => Err(no_resources("the check of the engine's flags", &error)),
     }
 }
 
@@ -152,29 +137,30 @@ pub async fn fetch(
         cwd: None,
         on_parent_death: ParentDeath::Kill,
     };
+    let (child, end) = spawner.spawn(spec).await.map_err(|error| no_resources("the fetcher", &error))?;
+    drop(writer);
+    current.set(Some(child.pidfd));
     let mut outcome: Option<Result<Vec<Snapshot>, Cause>> = None;
-    let listen = async {
-        drop(writer);
-        let mut lines = BufReader::new(reader);
-        let mut line = Vec::new();
-        loop {
-            line.clear();
-            match (&mut lines).take(MAX_LINE as u64).read_until(b'\n', &mut line).await {
-                Ok(0) | Err(_) => return,
-                Ok(_) => {}
-            }
-            match serde_json::from_slice::<Progress>(&line) {
-                Ok(Progress::Done { snapshots }) => outcome = Some(Ok(snapshots)),
-                Ok(Progress::Failed { class, retry_after_seconds, message }) => {
-                    outcome = Some(Err(failed(&class, retry_after_seconds, message)));
-                }
-                // A supervisor that is behind loses a step of the bar.
-                Ok(step) => drop(progress.try_send(step)),
-                Err(error) => tracing::warn!("the fetcher said something that was not understood: {error}"),
-            }
+    let mut lines = BufReader::new(reader);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match (&mut lines).take(MAX_LINE as u64).read_until(b'\n', &mut line).await {
+            Ok(0) | Err(_) => break,
+            Ok(_) => {}
         }
-    };
-    let how = run_child(spawner, current, spec, listen).await.map_err(|error| no_resources("the fetcher", &error))?;
+        match serde_json::from_slice::<Progress>(&line) {
+            Ok(Progress::Done { snapshots }) => outcome = Some(Ok(snapshots)),
+            Ok(Progress::Failed { class, retry_after_seconds, message }) => {
+                outcome = Some(Err(failed(&class, retry_after_seconds, message)));
+            }
+            // A supervisor that is behind loses a step of the bar.
+            Ok(step) => drop(progress.try_send(step)),
+            Err(error) => tracing::warn!("the fetcher said something that was not understood: {error}"),
+        }
+    }
+    let how = end.await.unwrap_or(Ended::Exited(-1));
+    current.set(None);
     match (outcome, how) {
         (Some(Ok(snapshots)), Ended::Exited(0)) => Ok(snapshots),
         (Some(Err(cause)), _) => Err(cause),

@@ -40,6 +40,8 @@ pub struct HalfView {
     pub pid: Option<u32>,
     pub restarts: u64,
     pub traffic: Traffic,
+    /// Traffic reports received from this proxy so far.
+    pub reports: u64,
     /// What it could not live by at the last reload.
     pub refused: Option<String>,
 }
@@ -118,6 +120,7 @@ async fn keep(
         tell.send_modify(|view| {
             view.pid = None;
             view.traffic = Traffic::default();
+            view.reports = 0;
             view.restarts += 1;
         });
         if begun.elapsed() < SHORT_LIFE {
@@ -182,7 +185,10 @@ async fn run(
                 match up {
                     Ok(Some(Up::Hello { pid, version })) => tracing::debug!("proxy {pid} ({version}) accepts connections"),
                     Ok(Some(Up::Traffic(traffic))) => {
-                        tell.send_if_modified(|view| std::mem::replace(&mut view.traffic, traffic) != traffic);
+                        tell.send_modify(|view| {
+                            view.traffic = traffic;
+                            view.reports += 1;
+                        });
                     }
                     Ok(Some(Up::Scraped { id, text })) => {
                         if let Some(reply) = scrapes.remove(&id) {

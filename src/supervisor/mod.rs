@@ -2,9 +2,13 @@
 //!
 //! `step` decides (pure); `driver` carries out and reports back (the only async file).
 
+pub mod acquire;
+pub mod autopsy;
 pub mod cause;
+pub mod driver;
 pub mod fetcher;
 pub mod half;
+pub mod loading;
 pub mod prepare;
 pub mod report;
 pub mod running;

@@ -152,15 +152,19 @@ impl Running {
     }
 
     /// Waits a little for the last lines of a dead engine.
-    pub async fn last_words(&mut self) -> Vec<Vec<u8>> {
+    pub fn take_last_words(&mut self) -> impl Future<Output = Vec<Vec<u8>>> + Send + 'static {
         let readers = std::mem::take(&mut self.readers);
-        let all = async {
-            for reader in readers {
-                let _ = reader.await;
-            }
-        };
-        let _ = tokio::time::timeout(LAST_WORDS, all).await;
-        self.heard.tail()
+        let heard = Arc::clone(&self.heard);
+        async move {
+            let all = async {
+                for reader in readers {
+                    // It ended by itself or was cancelled: either way there is nothing more.
+                    let _ = reader.await;
+                }
+            };
+            let _ = tokio::time::timeout(LAST_WORDS, all).await;
+            heard.tail()
+        }
     }
 
     /// The engine's processes by their titles.

@@ -37,10 +37,11 @@ use serde::{Deserialize, Serialize};
 use crate::config::{Config, Download, ModelSource};
 
 pub use cache::Access;
-pub use error::{FetchError, Retry};
+pub use error::{FetchError, Retry, bytes};
 pub use fetch::{PlannedRepo, fetch, prepare};
 pub use progress::{Pace, Progress, Snapshot};
 pub use settings::{Network, Patience, Settings, Token};
+pub use verify::Hasher;
 
 /// What is to be on the disk before the engine starts. Crosses from the supervisor to `sglangd fetch`
 /// as JSON, so it holds no secret.

@@ -89,6 +89,17 @@ pub enum Action {
     Fetch { from: u64 },
 }
 
+impl Action {
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Keep => "keep",
+            Self::Verify => "verify",
+            Self::Fetch { from: 0 } => "fetch",
+            Self::Fetch { .. } => "continue",
+        }
+    }
+}
+
 /// What will be done for one repository; printed by `sglangd fetch --plan` and `sglangd plan`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FetchPlan {
