@@ -10,7 +10,6 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use tokio::time::Instant;
 
 use crate::harness::daemon::{Daemon, SGLANGD, Setup, eventually, free_address};
@@ -285,27 +284,20 @@ async fn it_serves_streams_survives_a_dead_scheduler_and_stops_in_mid_stream() {
 struct Hub {
     process: Child,
     url: String,
-    _repositories: TempDir,
 }
 
 impl Hub {
-    /// Serves the model as a repository.
+    /// Serves the model's files under any repository's name.
     async fn start(model: &Path) -> Self {
-        let repositories = tempfile::Builder::new().prefix("sd-").tempdir_in("/tmp").unwrap();
-        let repository = repositories.path().join(REPO);
-        fs::create_dir_all(&repository).unwrap();
-        for file in fs::read_dir(model).unwrap().flatten() {
-            fs::copy(file.path(), repository.join(file.file_name())).unwrap();
-        }
         let address = free_address();
         let process = Command::new(SGLANGD)
             .args(["simulate", "hub", "--listen", &address.to_string(), "--folder"])
-            .arg(repositories.path())
+            .arg(model)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let hub = Self { process, url: format!("http://{address}"), _repositories: repositories };
+        let hub = Self { process, url: format!("http://{address}") };
         let listing = format!("{}/api/models/{REPO}/revision/main", hub.url);
         eventually("the hub answers", Duration::from_secs(10), async || {
             http().get(&listing).send().await.ok().filter(|answer| answer.status() == 200)
