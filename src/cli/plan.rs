@@ -20,7 +20,7 @@ use crate::engine::redact;
 use crate::engine::resolve::{Resolved, resolve};
 
 /// How long the installed engine's parser may take: imports of torch from a cold disk.
-const INSPECT_LIMIT: Duration = Duration::from_secs(120);
+pub(super) const INSPECT_LIMIT: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Args)]
 pub struct PlanArgs {
@@ -224,6 +224,13 @@ fn engine_view(spec: &LaunchSpec, source: &TableSource, folders: &Folders, own: 
     let mut argv: Vec<String> = spec.argv.iter().map(|word| word.to_string_lossy().into_owned()).collect();
     if let Some(port) = argv.iter().position(|word| word == "--port").and_then(|at| argv.get_mut(at + 1)) {
         PORT.clone_into(port);
+    }
+    // A flag that nobody knows may carry a secret as the word after it.
+    for at in 0..argv.len() {
+        argv[at] = match at.checked_sub(1).map(|before| &argv[before]) {
+            Some(before) if before.starts_with("--") && redact::is_secret_name(before) => redact::MASK.to_owned(),
+            _ => redact::text(&argv[at]),
+        };
     }
     let (set, removed) = env_changes(spec, own);
     let hidden = |name: String, value: String| {

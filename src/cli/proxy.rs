@@ -1,15 +1,172 @@
 //! `sglangd proxy`: the data plane alone, or as the half that `serve` starts.
 
+use std::io::IsTerminal as _;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs as _};
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
 use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{sleep, timeout};
 
 use super::exit::Exit;
+use crate::config::{Color, LogFormat, Needs, Sources, WhenMissing, load};
+use crate::link::{EngineState, EngineView, ProxySettings, Upstream};
+use crate::proxy::{Proxy, Supervision, Timings, linked};
+use crate::sys::{fd, seccomp};
 
 #[derive(Debug, Args)]
 pub struct ProxyArgs {
+    /// Where clients connect.
+    #[arg(long, value_name = "ADDR", required_unless_present = "link_fd")]
+    pub listen: Option<SocketAddr>,
+    /// The engine, e.g. `http://127.0.0.1:30000`. Its health is not judged.
+    #[arg(long, value_name = "URL", required_unless_present = "link_fd")]
+    pub upstream: Option<String>,
+    /// How long open answers may take to end after SIGTERM, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 25)]
+    pub grace: u64,
     #[command(flatten)]
     pub config: super::ConfigArgs,
+    /// The link to the supervisor, inherited.
+    #[arg(long, hide = true, value_name = "FD", requires = "listen_fd", conflicts_with_all = ["listen", "upstream"])]
+    pub link_fd: Option<RawFd>,
+    /// A listener, inherited; may be repeated.
+    #[arg(long, hide = true, value_name = "FD", requires = "link_fd")]
+    pub listen_fd: Vec<RawFd>,
 }
 
-pub fn run(_args: ProxyArgs) -> Exit {
-    Exit::Bug
+pub fn run(args: ProxyArgs) -> Exit {
+    // `serve` says in the environment how it logs; alone, people read it.
+    let said = |name: &str| std::env::var(name).ok();
+    let format = if said("SGLANGD_OBSERVE_LOG").as_deref() == Some("json") { LogFormat::Json } else { LogFormat::Text };
+    let level = said("SGLANGD_OBSERVE_LEVEL").unwrap_or_else(|| "info".into());
+    let _log = crate::observe::logging::init(format, &level);
+    let outcome = match args.link_fd {
+        Some(link) => run_linked(link, &args.listen_fd),
+        None => run_alone(&args),
+    };
+    match outcome {
+        Ok(exit) => exit,
+        Err(error) => {
+            eprintln!("sglangd proxy: {error:#}");
+            error.downcast_ref::<Wrong>().map_or(Exit::Bug, |wrong| wrong.0)
+        }
+    }
+}
+
+/// An error that is the caller's, with its exit code.
+#[derive(Debug, thiserror::Error)]
+#[error("{1}")]
+struct Wrong(Exit, String);
+
+fn run_linked(link: RawFd, listeners: &[RawFd]) -> anyhow::Result<Exit> {
+    let listeners = listeners.iter().map(|&number| fd::take(number).map(TcpListener::from));
+    let listeners = listeners.collect::<Result<Vec<_>, _>>().context("an inherited listener")?;
+    let link = UnixStream::from(fd::take(link).context("the inherited link")?);
+    if let Err(error) = seccomp::forbid_exec() {
+        tracing::warn!("the proxy keeps the right to execute programs: {error}");
+    }
+    linked(listeners, link)?;
+    Ok(Exit::Ok)
+}
+
+fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
+    let (settings, hold) = settings(&args.config)?;
+    let (Some(listen), Some(upstream)) = (args.listen, args.upstream.as_deref()) else {
+        bail!("--listen and --upstream are needed");
+    };
+    let upstream = upstream_address(upstream)?;
+    let listener = TcpListener::bind(listen).with_context(|| format!("cannot listen on {listen}"))?;
+    let address = listener.local_addr()?;
+    let unguarded = settings.keys_file.is_none() && !address.ip().is_loopback();
+    let mut proxy = Proxy::start(vec![listener], Timings::default(), Supervision::Alone)?;
+    proxy.settings(settings).map_err(|error| Wrong(Exit::Config, error.to_string()))?;
+    proxy.engine(EngineView { hold_ms: hold.as_millis() as u64, ..ready(upstream) });
+    if unguarded {
+        tracing::warn!(%address, "everybody who reaches this address may use the engine: set auth.keys_file");
+    }
+    tracing::info!(%address, engine = %upstream, "proxying");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(until_stopped(&proxy, Duration::from_secs(args.grace)))?;
+    proxy.close();
+    Ok(Exit::Ok)
+}
+
+/// What the cut streams are given to reach their clients.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Serves until SIGTERM or SIGINT, then drains within `grace`; a second signal ends at once.
+async fn until_stopped(proxy: &Proxy, grace: Duration) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    // A terminal that closes is no reason to stop.
+    let _hangup = signal(SignalKind::hangup())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("draining");
+    proxy.drain();
+    tokio::select! {
+        drained = timeout(grace.saturating_sub(LAST_WORDS), proxy.drained()) => {
+            if drained.is_err() {
+                proxy.cut_streams("the server is stopping".to_owned());
+                let _ = timeout(LAST_WORDS, proxy.drained()).await;
+            }
+            // The last bytes are with the kernel; let connections close behind them.
+            sleep(Duration::from_millis(20)).await;
+        }
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+/// An engine that somebody else runs is taken to be ready.
+fn ready(addr: SocketAddr) -> EngineView {
+    EngineView {
+        state: EngineState::Ready,
+        phase: String::new(),
+        percent: None,
+        eta_seconds: None,
+        reason: String::new(),
+        upstream: Some(Upstream { addr, api_key: None }),
+        suspected: false,
+        will_return: true,
+        hold_ms: 0,
+    }
+}
+
+fn upstream_address(url: &str) -> anyhow::Result<SocketAddr> {
+    let wrong = |why: String| Wrong(Exit::Usage, format!("--upstream {url}: {why}"));
+    let rest = url.strip_prefix("http://").ok_or_else(|| wrong("expected http://HOST:PORT".into()))?;
+    let authority = rest.strip_suffix('/').unwrap_or(rest);
+    if authority.contains(['/', '?', '#', '@']) {
+        return Err(wrong("a path is not part of the engine's address".into()).into());
+    }
+    let with_port = if authority.parse::<SocketAddr>().is_ok()
+        || authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok())
+    {
+        authority.to_owned()
+    } else {
+        format!("{authority}:80")
+    };
+    let mut found = with_port.to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
+    Ok(found.next().ok_or_else(|| wrong("the name has no address".into()))?)
+}
+
+/// The proxy's part of the configuration.
+fn settings(args: &super::ConfigArgs) -> anyhow::Result<(ProxySettings, Duration)> {
+    let sources = Sources { needs: Needs::ProxyOnly, ..args.sources(WhenMissing::BuiltIn) };
+    let loaded = load(&sources).map_err(|error| {
+        let color = if std::io::stderr().is_terminal() { Color::Terminal } else { Color::Plain };
+        Wrong(Exit::Config, error.render(color))
+    })?;
+    for warning in &loaded.warnings {
+        tracing::warn!("{warning}");
+    }
+    Ok((ProxySettings::from(&loaded.config), loaded.config.limits.hold))
 }

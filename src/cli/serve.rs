@@ -21,7 +21,7 @@ use crate::launch::spawner::{self, MainThread};
 use crate::link::status::Listening;
 use crate::observe::{admin, logging};
 use crate::shutdown::Signals;
-use crate::supervisor::driver::{Driver, Outside, exit_of};
+use crate::supervisor::driver::{Driver, Outside, Reload, exit_of};
 use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
 use bind::Bound;
 
@@ -151,10 +151,10 @@ impl Supervisor {
             listen,
             guard,
             signals,
-            reload: Box::new(move || {
+            reload: Reload(Box::new(move || {
                 let again = Sources { missing: WhenMissing::BuiltIn, ..sources.clone() };
                 load(&again).map_err(|error| error.render(Color::Plain))
-            }),
+            })),
         };
         let (driver, outlook) = Driver::new(outside);
         let routes = admin::routes(admin::Sources { status: outlook.status, engine: outlook.engine, half: outlook.half });

@@ -1,12 +1,13 @@
 //! `sglangd simulate`: the simulated engine, and, as `sglangd simulate hub`, the simulated hub.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 
 use clap::{Args, Parser};
 
 use super::exit::Exit;
 use crate::simulate::engine::{self, Ended};
+use crate::simulate::hub::{Content, Hub, Options};
 
 #[derive(Debug, Args)]
 pub struct SimulateArgs {
@@ -26,6 +27,9 @@ pub struct HubArgs {
     /// Serve the repositories of this folder in place of the built-in small model.
     #[arg(long, value_name = "DIR")]
     pub folder: Option<PathBuf>,
+    /// Bytes a second, of all answers together.
+    #[arg(long, value_name = "BYTES")]
+    pub rate: Option<u64>,
 }
 
 // Subcommands own their arguments; that this one only reads them is chance.
@@ -50,7 +54,25 @@ pub fn run(args: SimulateArgs) -> Exit {
     }
 }
 
+/// Serves until it is killed.
 fn hub(args: &HubArgs) -> Exit {
-    eprintln!("sglangd: this build has no simulated hub (asked to listen on {})", args.listen);
-    Exit::Usage
+    let content = args.folder.clone().map_or_else(Content::default, Content::Folder);
+    let serve = async {
+        let hub = Hub::serve(TcpListener::bind(args.listen)?, content, Options { rate: args.rate, ..Options::default() }).await?;
+        println!("{}", hub.endpoint());
+        let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+        std::io::Result::Ok(())
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime.and_then(|runtime| runtime.block_on(serve)) {
+        Ok(()) => Exit::Ok,
+        Err(error) => {
+            eprintln!("sglangd simulate hub: {error}");
+            Exit::Usage
+        }
+    }
 }

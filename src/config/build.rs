@@ -18,7 +18,7 @@ use super::{
 /// The least grace: streams are cut 8 s and everything is killed 2 s before its end.
 const MIN_GRACE: Duration = Duration::from_secs(10);
 /// `/health` always takes 1 s: with a time-out at or below that every probe fails.
-const MIN_PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
+const MIN_PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What relative paths and `~` are relative to.
 #[derive(Debug, Clone)]

@@ -247,6 +247,8 @@ impl Reader<'_> {
                 start = open;
             }
             "close the quote, or put the whole value in quotes"
+        } else if said.contains("bracket") || said.contains("flow") {
+            "close the bracket; a word that begins with `[` or `{` needs quotes"
         } else if said.contains("mapping values") {
             "a value that holds `: ` needs quotes; else check the indentation of this line"
         } else {

@@ -33,7 +33,8 @@ pub struct Mistake {
 
 impl Mistake {
     pub fn new(message: impl Into<String>, help: impl Into<String>) -> Self {
-        Self { message: message.into(), place: None, label: String::new(), also: None, help: help.into() }
+        let (message, help) = (printable(&message.into()), printable(&help.into()));
+        Self { message, place: None, label: String::new(), also: None, help }
     }
 
     #[must_use]
@@ -48,6 +49,12 @@ impl Mistake {
         self.also = Some((place.clone(), label.into()));
         self
     }
+}
+
+/// What was said may hold escape codes; a terminal must not obey them.
+fn printable(text: &str) -> String {
+    let escaped = |c: char| c.is_control() && c != '\n';
+    text.chars().map(|c| if escaped(c) { c.escape_default().to_string() } else { c.to_string() }).collect()
 }
 
 impl From<Mistake> for ConfigError {

@@ -12,14 +12,7 @@ use super::source::{Place, Source, SourceKind};
 use super::{Flag, FlagValue};
 
 /// Variables that begin like keys and are none.
-const NOT_KEYS: [&str; 6] = [
-    "SGLANGD_RUNTIME_DIR",
-    "SGLANGD_STATE_DIR",
-    "SGLANGD_CONFIG",
-    "SGLANGD_LAUNCH_ID",
-    "SGLANGD_NO_WRITE",
-    "SGLANGD_BIN",
-];
+const NOT_KEYS: [&str; 4] = ["SGLANGD_RUNTIME_DIR", "SGLANGD_STATE_DIR", "SGLANGD_CONFIG", "SGLANGD_LAUNCH_ID"];
 /// Prefixes that the tests, the simulated engine and sglangd's own children use.
 const NOT_KEY_PREFIXES: [&str; 4] = ["SGLANGD_TEST_", "SGLANGD_SIM", "SGLANGD_INTERNAL_", "SGLANGD_LINK"];
 const FLAG_VARIABLE: &str = "SGLANGD_ENGINE_FLAGS_";
@@ -53,6 +46,8 @@ pub struct Layers {
     pub env: BTreeMap<String, Vec<Said>>,
     pub mistakes: Vec<Mistake>,
     pub warnings: Vec<String>,
+    /// A text could not be read as YAML: what it said is unknown, so nothing can be called missing.
+    pub unread: bool,
     layer: usize,
 }
 
@@ -61,7 +56,10 @@ impl Layers {
     pub fn file(&mut self, source: &Arc<Source>) {
         match document::parse(source) {
             Ok(root) => self.root(&root),
-            Err(mistakes) => self.mistakes.extend(mistakes),
+            Err(mistakes) => {
+                self.unread = true;
+                self.mistakes.extend(mistakes);
+            }
         }
         self.layer += 1;
     }
@@ -78,7 +76,10 @@ impl Layers {
                 )
                 .at(node.place(), "here"),
             ),
-            Err(mistakes) => self.mistakes.extend(mistakes),
+            Err(mistakes) => {
+                self.unread = true;
+                self.mistakes.extend(mistakes);
+            }
         }
         self.layer += 1;
     }
@@ -363,11 +364,10 @@ fn json(node: &Node) -> serde_json::Value {
 
 fn unknown_section(entry: &Entry) -> Mistake {
     let sections = keys::sections();
-    let help = if let Some(near) = nearest(&entry.key, sections.iter().copied()) {
-        format!("did you mean `{near}`?")
-    } else if keys::find(&entry.key).is_some() {
-        let (section, key) = entry.key.split_once('.').unwrap_or_default();
+    let help = if let Some((section, key)) = entry.key.split_once('.').filter(|_| keys::find(&entry.key).is_some()) {
         format!("write it as `{section}:` and below it, indented, `{key}: …`")
+    } else if let Some(near) = nearest(&entry.key, sections.iter().copied()) {
+        format!("did you mean `{near}`?")
     } else if entry.key.contains('-') {
         "flags of SGLang stand under `engine:`, `flags:`; APP_LOCAL_CONFIG_PATH names a file of flags alone".to_owned()
     } else {

@@ -176,9 +176,7 @@ pub fn load(sources: &Sources) -> Result<Loaded, ConfigError> {
     let (mistakes, warnings) = (builder.mistakes, builder.warnings);
     let mistakes: Vec<Mistake> = layers.mistakes.iter().cloned().chain(mistakes).collect();
     if !mistakes.is_empty() {
-        // A file that could not be read says nothing: what seems missing then is no second mistake.
-        let unread = layers.mistakes.iter().any(|m| m.message.starts_with("not valid YAML"));
-        let kept = if unread { layers.mistakes } else { mistakes };
+        let kept = if layers.unread { layers.mistakes } else { mistakes };
         return Err(ConfigError { mistakes: kept });
     }
     let origins = origins(&layers, &config);

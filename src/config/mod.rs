@@ -234,3 +234,19 @@ pub fn needs_restart(running: &Config, said: &Config) -> Vec<&'static str> {
     differs("observe", running.observe != said.observe);
     keys
 }
+
+impl From<&Config> for crate::link::ProxySettings {
+    /// What of the configuration the proxy lives by.
+    fn from(config: &Config) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Self {
+            max: config.limits.max,
+            target: config.limits.target,
+            queue: config.limits.queue,
+            queue_timeout_ms: config.limits.queue_timeout.as_millis() as u64,
+            max_body: config.limits.max_body,
+            keys_file: config.auth.keys_file.clone(),
+            workers: config.limits.workers.unwrap_or(cores),
+        }
+    }
+}

@@ -40,7 +40,10 @@ pub enum SourceKind {
 impl Source {
     pub fn new(kind: SourceKind, name: impl Into<String>, text: impl Into<String>) -> Arc<Self> {
         let (name, text) = (name.into(), text.into());
-        let shown = NamedSource::new(&name, crate::engine::redact::same_length(&text));
+        // Neither secrets nor escape codes reach a terminal in a snippet; offsets stay true.
+        let visible = |c: char| if c.is_ascii_control() && !matches!(c, '\n' | '\r' | '\t') { '?' } else { c };
+        let shown = crate::engine::redact::same_length(&text).chars().map(visible).collect();
+        let shown = NamedSource::new(&name, shown);
         Arc::new(Self { kind, name, text, shown })
     }
 

@@ -1,1 +1,141 @@
-//! (being written)
+//! The data plane: owns every client connection, asks for keys, keeps limits, passes bytes both ways.
+//!
+//! It starts no engine, reads no configuration file and knows no supervisor but the messages of
+//! [`crate::link`]. Listeners are passed in, bound.
+//!
+//! ```text
+//!  client ⇄ tap (framing) ⇄ hyper ⇄ service ─ routes ─ auth ─ admission ─┐
+//!                             ▲                                           ▼
+//!                             └──────────── answer ◄──── upstream (exchange, decode) ⇄ engine
+//! ```
+
+mod answer;
+mod auth;
+mod control;
+mod error;
+mod framing;
+mod headers;
+mod metrics;
+mod routes;
+mod service;
+mod state;
+mod tap;
+mod upstream;
+mod worker;
+
+use std::io;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+pub use auth::KeysError;
+pub use control::{End, linked};
+pub use state::{Supervision, Timings};
+pub use tap::Patience;
+
+use crate::link::{EngineView, ProxySettings, Traffic};
+use state::{Mode, Shared};
+
+/// What keeps a proxy from running.
+#[derive(Debug, thiserror::Error)]
+pub enum ProxyError {
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+    #[error("a worker of the proxy cannot start: {0}")]
+    Worker(io::Error),
+}
+
+/// A running data plane. Accepts from its start; knows no engine until told.
+#[derive(Debug)]
+pub struct Proxy {
+    shared: Arc<Shared>,
+    listeners: Vec<TcpListener>,
+    workers: Vec<JoinHandle<io::Result<()>>>,
+}
+
+impl Proxy {
+    /// Starts with one worker, so that clients are answered before anything else is known.
+    pub fn start(listeners: Vec<TcpListener>, timings: Timings, supervision: Supervision) -> Result<Self, ProxyError> {
+        for listener in &listeners {
+            listener.set_nonblocking(true).map_err(ProxyError::Worker)?;
+        }
+        let mut proxy = Self { shared: Shared::new(timings, supervision), listeners, workers: Vec::new() };
+        proxy.grow(1)?;
+        Ok(proxy)
+    }
+
+    /// Takes new settings, or says why the old ones stay. More workers are started, fewer only by a
+    /// new proxy: a thread's connections cannot move.
+    pub fn settings(&mut self, settings: ProxySettings) -> Result<(), ProxyError> {
+        let workers = settings.workers;
+        self.shared.apply(settings)?;
+        self.grow(workers)
+    }
+
+    fn grow(&mut self, workers: usize) -> Result<(), ProxyError> {
+        while self.workers.len() < workers {
+            let listeners: io::Result<Vec<_>> = self.listeners.iter().map(TcpListener::try_clone).collect();
+            let listeners = listeners.map_err(ProxyError::Worker)?;
+            let shared = Arc::clone(&self.shared);
+            let counters = shared.new_counters();
+            let thread = std::thread::Builder::new()
+                .name(format!("proxy-{}", self.workers.len()))
+                .spawn(move || worker::run(shared, counters, listeners))
+                .map_err(ProxyError::Worker)?;
+            self.workers.push(thread);
+        }
+        Ok(())
+    }
+
+    /// The supervisor lives.
+    pub fn hear(&self) {
+        self.shared.hear();
+    }
+
+    pub fn engine(&self, view: EngineView) {
+        self.shared.engine(view);
+    }
+
+    /// Admits nothing more; what is open goes on.
+    pub fn drain(&self) {
+        self.shared.enter(Mode::Draining);
+    }
+
+    /// Ends what is open, saying why.
+    pub fn cut_streams(&self, reason: String) {
+        self.shared.enter(Mode::Cut(reason));
+    }
+
+    pub fn traffic(&self) -> Traffic {
+        self.shared.traffic()
+    }
+
+    /// The metrics page in Prometheus' text format.
+    pub fn metrics(&self) -> String {
+        self.shared.metrics()
+    }
+
+    /// Waits until no answer is open, looking this often.
+    pub async fn drained(&self) {
+        const LOOK: Duration = Duration::from_millis(20);
+        while self.traffic().open_answers > 0 || self.traffic().in_flight > 0 {
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Closes everything: listeners, connections, threads. Returns when the address is free.
+    pub fn close(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.enter(Mode::Closed);
+        for worker in self.workers.drain(..) {
+            // A worker's error was its last act, and a panic was already printed.
+            let _ = worker.join();
+        }
+    }
+}

@@ -59,6 +59,15 @@ enum Report {
     Released { roll: u16 },
 }
 
+/// Reads the configuration anew, for SIGHUP; the error is ready to be shown.
+pub struct Reload(pub Box<dyn Fn() -> Result<Loaded, String> + Send>);
+
+impl std::fmt::Debug for Reload {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Reload")
+    }
+}
+
 /// Everything that is passed in: the driver opens and catches nothing itself.
 #[derive(Debug)]
 pub struct Outside {
@@ -71,8 +80,7 @@ pub struct Outside {
     pub listen: Listening,
     pub guard: Option<Guarded<std::process::ChildStdin>>,
     pub signals: Signals,
-    /// Reads the configuration anew, for SIGHUP; the error is ready to be shown.
-    pub reload: fn(&[OsString]) -> Result<Loaded, String>,
+    pub reload: Reload,
 }
 
 /// What others may read and ask while the driver runs.
@@ -92,7 +100,7 @@ pub struct Driver {
     listen: Listening,
     guard: Option<Guarded<std::process::ChildStdin>>,
     signals: Signals,
-    reload: fn(&[OsString]) -> Result<Loaded, String>,
+    reload: Reload,
 
     half: Half,
     half_view: watch::Receiver<HalfView>,
@@ -165,7 +173,7 @@ impl Driver {
         };
         let (status, status_reader) = watch::channel(facts.status());
         let (engine_view, engine_reader) = watch::channel(facts.view());
-        let (settings, settings_reader) = watch::channel(proxy_settings(&config));
+        let (settings, settings_reader) = watch::channel(ProxySettings::from(&config));
         let half = Half::keep(
             spawner.clone(),
             listeners,
@@ -376,19 +384,6 @@ fn policy(config: &Config) -> Policy {
         grace: ms(config.shutdown.grace),
         start_stall: ms(config.start.stall),
         start_limit: ms(config.start.limit),
-    }
-}
-
-fn proxy_settings(config: &Config) -> ProxySettings {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    ProxySettings {
-        max: config.limits.max,
-        target: config.limits.target,
-        queue: config.limits.queue,
-        queue_timeout_ms: config.limits.queue_timeout.as_millis() as u64,
-        max_body: config.limits.max_body,
-        keys_file: config.auth.keys_file.clone(),
-        workers: config.limits.workers.unwrap_or(cores),
     }
 }
 

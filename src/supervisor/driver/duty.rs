@@ -248,7 +248,7 @@ impl Driver {
     /// SIGHUP: limits and keys go live, all else is named; a bad file changes nothing.
     pub(super) fn reloaded(&mut self) {
         self.systemd.reloading();
-        match (self.reload)(&self.means.inspect_arguments) {
+        match (self.reload.0)() {
             Err(error) => tracing::error!("the configuration was not reloaded, everything stays as it was:\n{error}"),
             Ok(loaded) => {
                 let old = self.means.loaded.config.clone();
@@ -261,7 +261,7 @@ impl Driver {
                 } else {
                     self.warn(&format!("changed in the configuration, live only after a restart: {}", waiting.join(", ")));
                 }
-                self.settings.send_replace(super::proxy_settings(&live));
+                self.settings.send_replace(crate::link::ProxySettings::from(&live));
                 self.means.loaded.config = live;
             }
         }

@@ -1,0 +1,404 @@
+//! The door that all workers share: wait for a place, hold it, give it back by dropping it.
+//!
+//! A short `Mutex` around the pure queue and the wakers of who waits. It starts no task: each waiter
+//! keeps its own timer, and whoever frees a place wakes the next.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::queue::{Arrival, Cancelled, Limits, Queue, WaiterId};
+use crate::link::Gate;
+
+/// Why a request got no place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// As many wait already as may.
+    Full { retry_after: Duration },
+    /// Its deadline is nearer than its turn.
+    Hopeless { retry_after: Duration },
+    /// Its deadline passed while it waited.
+    Expired { retry_after: Duration },
+    /// The engine will not return, or the proxy drains.
+    TurnedAway,
+}
+
+/// Numbers of this moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub open: usize,
+    pub waiting: usize,
+    pub max: usize,
+}
+
+#[derive(Debug)]
+enum Slot {
+    Waiting(Option<Waker>),
+    Admitted,
+    Expired,
+    TurnedAway,
+}
+
+#[derive(Debug)]
+struct Inner {
+    queue: Queue,
+    slots: HashMap<WaiterId, Slot>,
+}
+
+/// The shared door. Cheap to clone.
+#[derive(Clone)]
+pub struct Admission {
+    inner: Arc<Mutex<Inner>>,
+    epoch: Instant,
+}
+
+impl fmt::Debug for Admission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Admission").field("counts", &self.counts()).finish_non_exhaustive()
+    }
+}
+
+impl Admission {
+    pub fn new(limits: Limits, gate: Gate) -> Self {
+        let inner = Inner { queue: Queue::new(limits, gate), slots: HashMap::new() };
+        Self { inner: Arc::new(Mutex::new(inner)), epoch: Instant::now() }
+    }
+
+    // Nothing panics while the lock is held; if something did, the counts are still whole.
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn since_epoch(&self, at: Instant) -> Duration {
+        at.saturating_duration_since(self.epoch)
+    }
+
+    /// Waits for a place until `deadline`. Dropping the future leaves the queue.
+    pub fn enter(&self, deadline: Instant) -> Entry {
+        Entry { admission: self.clone(), deadline, state: EntryState::New }
+    }
+
+    pub fn counts(&self) -> Counts {
+        let inner = self.lock();
+        Counts { open: inner.queue.open(), waiting: inner.queue.waiting(), max: inner.queue.limits().max }
+    }
+
+    /// Opens or closes the way to the engine. Who waits goes on waiting.
+    pub fn set_gate(&self, gate: Gate) {
+        self.change(|inner| inner.queue.set_gate(gate));
+    }
+
+    pub fn set_limits(&self, limits: Limits) {
+        self.change(|inner| inner.queue.set_limits(limits));
+    }
+
+    /// Refuses everybody who waits: no place will come.
+    pub fn turn_everybody_away(&self) {
+        let mut woken = Vec::new();
+        {
+            let mut inner = self.lock();
+            while let Some(id) = inner.queue.turn_away_next() {
+                woken.extend(inner.settle(id, Slot::TurnedAway));
+            }
+        }
+        woken.into_iter().for_each(Waker::wake);
+    }
+
+    /// Seconds after which a refused client may come again: what the queue needs, spread by up to a
+    /// half so that the refused do not return together.
+    pub fn retry_after(&self) -> Duration {
+        let inner = self.lock();
+        retry_after(&inner.queue)
+    }
+
+    fn change(&self, what: impl FnOnce(&mut Inner)) {
+        let woken = {
+            let mut inner = self.lock();
+            what(&mut inner);
+            inner.admit()
+        };
+        woken.into_iter().for_each(Waker::wake);
+    }
+}
+
+/// Longest and shortest that a client is told to stay away.
+const RETRY_AFTER: std::ops::RangeInclusive<f64> = 1.0..=120.0;
+
+fn retry_after(queue: &Queue) -> Duration {
+    let wait = queue.expected_wait(queue.waiting()).map_or(1.0, |wait| wait.as_secs_f64());
+    let spread = wait.max(*RETRY_AFTER.start()) * (1.0 + rand::random::<f64>() / 2.0);
+    Duration::from_secs_f64(spread.clamp(*RETRY_AFTER.start(), *RETRY_AFTER.end()))
+}
+
+impl Inner {
+    /// Gives free places to who is next. The wakers are for after the lock.
+    fn admit(&mut self) -> Vec<Waker> {
+        let mut woken = Vec::new();
+        while let Some(id) = self.queue.admit_next() {
+            woken.extend(self.settle(id, Slot::Admitted));
+        }
+        woken
+    }
+
+    fn settle(&mut self, id: WaiterId, outcome: Slot) -> Option<Waker> {
+        let slot = self.slots.get_mut(&id)?;
+        match std::mem::replace(slot, outcome) {
+            Slot::Waiting(waker) => waker,
+            _ => None,
+        }
+    }
+}
+
+enum EntryState {
+    New,
+    Waiting { id: WaiterId, timer: Pin<Box<Sleep>> },
+    Done,
+}
+
+/// A request on its way in.
+pub struct Entry {
+    admission: Admission,
+    deadline: Instant,
+    state: EntryState,
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Entry").field("deadline", &self.deadline).finish_non_exhaustive()
+    }
+}
+
+impl Entry {
+    fn ticket(&self) -> Ticket {
+        Ticket { admission: self.admission.clone(), since: Instant::now(), counted: Counted::Yes }
+    }
+
+    fn arrive(&mut self) -> Poll<Result<Ticket, Refused>> {
+        let admission = self.admission.clone();
+        let mut inner = admission.lock();
+        let now = admission.since_epoch(Instant::now());
+        match inner.queue.arrive(now, admission.since_epoch(self.deadline)) {
+            Arrival::Admitted => {
+                self.state = EntryState::Done;
+                Poll::Ready(Ok(self.ticket()))
+            }
+            Arrival::Queued { id, .. } => {
+                inner.slots.insert(id, Slot::Waiting(None));
+                self.state = EntryState::Waiting { id, timer: Box::pin(sleep_until(self.deadline)) };
+                Poll::Pending
+            }
+            refusal @ (Arrival::Full | Arrival::Hopeless) => {
+                self.state = EntryState::Done;
+                let retry_after = retry_after(&inner.queue);
+                Poll::Ready(Err(match refusal {
+                    Arrival::Full => Refused::Full { retry_after },
+                    _ => Refused::Hopeless { retry_after },
+                }))
+            }
+        }
+    }
+}
+
+impl Future for Entry {
+    type Output = Result<Ticket, Refused>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        if matches!(self.state, EntryState::New)
+            && let Poll::Ready(outcome) = self.arrive()
+        {
+            return Poll::Ready(outcome);
+        }
+        let admission = self.admission.clone();
+        let deadline = self.deadline;
+        let EntryState::Waiting { id, timer } = &mut self.state else {
+            unreachable!("a future is not polled again after it ended")
+        };
+        let id = *id;
+        let due = timer.as_mut().poll(cx).is_ready();
+        let mut inner = admission.lock();
+        if due {
+            // Everybody whose time has come, not only this one: the queue stays in order.
+            let now = admission.since_epoch(Instant::now()).max(admission.since_epoch(deadline));
+            while let Some(expired) = inner.queue.expire_next(now) {
+                if let Some(waker) = inner.settle(expired, Slot::Expired)
+                    && expired != id
+                {
+                    waker.wake();
+                }
+            }
+        }
+        match inner.slots.get_mut(&id) {
+            Some(Slot::Waiting(waker)) => {
+                match waker {
+                    Some(known) => known.clone_from(cx.waker()),
+                    None => *waker = Some(cx.waker().clone()),
+                }
+                Poll::Pending
+            }
+            slot => {
+                let outcome = match slot {
+                    Some(Slot::Admitted) => Ok(()),
+                    Some(Slot::Expired) => Err(Refused::Expired { retry_after: Duration::ZERO }),
+                    _ => Err(Refused::TurnedAway),
+                };
+                inner.slots.remove(&id);
+                let outcome = outcome.map_err(|refused| match refused {
+                    Refused::Expired { .. } => Refused::Expired { retry_after: retry_after(&inner.queue) },
+                    other => other,
+                });
+                drop(inner);
+                self.state = EntryState::Done;
+                Poll::Ready(outcome.map(|()| self.ticket()))
+            }
+        }
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let EntryState::Waiting { id, .. } = self.state else { return };
+        let woken = {
+            let mut inner = self.admission.lock();
+            let admitted = matches!(inner.slots.remove(&id), Some(Slot::Admitted));
+            if inner.queue.cancel(id) == Cancelled::Unknown && admitted {
+                // Admitted in the very moment in which the client left: the place goes on.
+                inner.queue.leave(None);
+            }
+            inner.admit()
+        };
+        woken.into_iter().for_each(Waker::wake);
+    }
+}
+
+/// Whether the time that a place was held says something about the engine's service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Counted {
+    Yes,
+    No,
+}
+
+/// A place towards the engine. Dropping it frees the place and wakes the next.
+pub struct Ticket {
+    admission: Admission,
+    since: Instant,
+    counted: Counted,
+}
+
+impl fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ticket").field("since", &self.since).finish_non_exhaustive()
+    }
+}
+
+impl Ticket {
+    /// The request did not get an answer from the engine: its time is no service time.
+    pub fn was_not_served(mut self) {
+        self.counted = Counted::No;
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let held = (self.counted == Counted::Yes).then(|| self.since.elapsed());
+        self.admission.change(|inner| inner.queue.leave(held));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn admission(max: usize, queue: usize) -> Admission {
+        Admission::new(Limits { max, queue }, Gate::Open)
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(5)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_dropped_ticket_wakes_the_next_in_line() {
+        let admission = admission(1, 8);
+        let held = admission.enter(soon()).await.unwrap();
+        let waiting = tokio::spawn(admission.enter(soon()));
+        tokio::task::yield_now().await;
+        assert_eq!(admission.counts(), Counts { open: 1, waiting: 1, max: 1 });
+        drop(held);
+        let ticket = waiting.await.unwrap().unwrap();
+        assert_eq!(admission.counts(), Counts { open: 1, waiting: 0, max: 1 });
+        drop(ticket);
+        assert_eq!(admission.counts().open, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_waiter_that_leaves_frees_its_slot_at_once() {
+        let admission = admission(1, 1);
+        let _held = admission.enter(soon()).await.unwrap();
+        let waiting = tokio::spawn(admission.enter(soon()));
+        tokio::task::yield_now().await;
+        assert!(matches!(admission.enter(soon()).await, Err(Refused::Full { .. })));
+        waiting.abort();
+        let _ = waiting.await;
+        assert_eq!(admission.counts().waiting, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_place_given_to_somebody_who_leaves_goes_to_the_next() {
+        let admission = admission(1, 8);
+        let held = admission.enter(soon()).await.unwrap();
+        let mut first = Box::pin(admission.enter(soon()));
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(first.as_mut().poll(&mut cx).is_pending());
+        let second = tokio::spawn(admission.enter(soon()));
+        tokio::task::yield_now().await;
+        drop(held);
+        drop(first); // admitted, never polled again
+        assert!(second.await.unwrap().is_ok());
+        assert_eq!(admission.counts().open, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deadline_ends_the_wait() {
+        let admission = admission(0, 8);
+        let before = Instant::now();
+        assert!(matches!(admission.enter(soon()).await, Err(Refused::Expired { .. })));
+        assert!(before.elapsed() >= Duration::from_secs(5));
+        assert_eq!(admission.counts().waiting, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn everybody_is_turned_away_when_nothing_will_come() {
+        let admission = admission(0, 8);
+        let waiting = tokio::spawn(admission.enter(soon()));
+        tokio::task::yield_now().await;
+        admission.turn_everybody_away();
+        assert!(matches!(waiting.await.unwrap(), Err(Refused::TurnedAway)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn more_places_are_filled_when_the_limit_rises() {
+        let admission = admission(0, 8);
+        let waiting = tokio::spawn(admission.enter(soon()));
+        tokio::task::yield_now().await;
+        admission.set_limits(Limits { max: 1, queue: 8 });
+        assert!(waiting.await.unwrap().is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn retry_after_is_measured_spread_and_never_below_a_second() {
+        let admission = admission(1, 8);
+        assert!(admission.retry_after() >= Duration::from_secs(1));
+        let ticket = admission.enter(soon()).await.unwrap();
+        tokio::time::advance(Duration::from_secs(40)).await;
+        drop(ticket);
+        let advice: Vec<Duration> = (0..32).map(|_| admission.retry_after()).collect();
+        assert!(advice.iter().all(|wait| (Duration::from_secs(40)..=Duration::from_secs(60)).contains(wait)));
+        assert!(advice.windows(2).any(|pair| pair[0] != pair[1]), "all the refused return together");
+    }
+}

@@ -1,0 +1,92 @@
+//! The proxy's end of the link: messages down become calls, facts about traffic go up.
+//!
+//! The end of the link is the end of the proxy: it closes everything, so that the next sglangd can
+//! bind. It judges nothing.
+
+use std::io;
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use super::{Proxy, ProxyError, Supervision, Timings};
+use crate::link::{Down, LinkError, Traffic, Up, split};
+
+/// How often the facts are looked at; sent when they changed.
+const LOOK: Duration = Duration::from_millis(100);
+/// How often they are sent when nothing changed.
+const REPEAT: Duration = Duration::from_secs(1);
+
+/// Why the proxy cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum End {
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error(transparent)]
+    Proxy(#[from] ProxyError),
+    #[error("the proxy cannot run: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// The data plane under a supervisor. Returns when the link ends, with everything closed.
+pub fn linked(listeners: Vec<TcpListener>, link: UnixStream) -> Result<(), End> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let proxy = Proxy::start(listeners, Timings::default(), Supervision::Linked)?;
+    runtime.block_on(control(proxy, link))
+}
+
+async fn control(mut proxy: Proxy, link: UnixStream) -> Result<(), End> {
+    let (mut down, mut up) = split(link)?;
+    let hello = Up::Hello { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned() };
+    up.send(&hello).await?;
+    let mut look = interval(LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut sent, mut sent_at): (Option<Traffic>, Instant) = (None, Instant::now());
+    loop {
+        tokio::select! {
+            message = down.next::<Down>() => {
+                let Some(message) = message? else { return Ok(()) };
+                proxy.hear();
+                match message {
+                    Down::Settings(settings) => match proxy.settings(settings) {
+                        Ok(()) => {}
+                        Err(ProxyError::Keys(error)) => up.send(&Up::Refused { reason: error.to_string() }).await?,
+                        Err(error) => return Err(error.into()),
+                    },
+                    Down::Engine(view) => proxy.engine(view),
+                    Down::Drain => {
+                        proxy.drain();
+                        // At once: the supervisor waits for a report that is newer than the drain.
+                        let traffic = proxy.traffic();
+                        up.send(&Up::Traffic(traffic)).await?;
+                        (sent, sent_at) = (Some(traffic), Instant::now());
+                    }
+                    Down::CutStreams { reason } => proxy.cut_streams(reason),
+                    Down::Scrape { id } => up.send(&Up::Scraped { id, text: proxy.metrics() }).await?,
+                    Down::Heartbeat => {}
+                }
+            }
+            _ = look.tick() => {
+                let traffic = proxy.traffic();
+                if sent.is_none_or(|sent| changed(&sent, &traffic)) || sent_at.elapsed() >= REPEAT {
+                    up.send(&Up::Traffic(traffic)).await?;
+                    (sent, sent_at) = (Some(traffic), Instant::now());
+                }
+            }
+        }
+    }
+}
+
+/// Whether anything but the passing of time differs: an age that grew says nothing new, one that
+/// did not is a byte or a request since.
+fn changed(before: &Traffic, now: &Traffic) -> bool {
+    let fresh = |before: Option<u64>, now: Option<u64>| match (before, now) {
+        (Some(before), Some(now)) => now <= before,
+        (before, now) => before != now,
+    };
+    let counts = |traffic: &Traffic| Traffic { last_byte_ms: None, last_request_ms: None, ..*traffic };
+    counts(before) != counts(now)
+        || fresh(before.last_byte_ms, now.last_byte_ms)
+        || fresh(before.last_request_ms, now.last_request_ms)
+}

@@ -1,0 +1,288 @@
+//! The one place where a refusal becomes HTTP, and a broken stream its last event.
+//!
+//! Every body is JSON in OpenAI's shape; Anthropic's clients find their `type: error` in the same
+//! object. It decides nothing: status, code and message come from who refuses.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::{HeaderValue, Method, Response, StatusCode};
+use serde_json::{Map, Value, json};
+
+use super::framing::Violation;
+use super::routes::Dialect;
+use crate::link::EngineView;
+
+/// What becomes of the client's connection behind the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Connection {
+    Keep,
+    /// What the client sends next cannot be trusted, or is not wanted.
+    Close,
+}
+
+/// A request that gets no answer of the engine, and why.
+#[derive(Debug, Clone)]
+pub struct Refusal {
+    status: StatusCode,
+    kind: &'static str,
+    code: String,
+    message: String,
+    retry_after: Option<u64>,
+    connection: Connection,
+    allow: Option<&'static [Method]>,
+    /// Beside `error` in the body.
+    extra: Map<String, Value>,
+}
+
+/// Seconds of `Retry-After` while an engine starts: at least the next look, at most a minute, since
+/// an ETA is a guess and a client that comes early costs little.
+const ENGINE_RETRY: std::ops::RangeInclusive<u64> = 1..=60;
+
+impl Refusal {
+    fn new(status: StatusCode, kind: &'static str, code: impl Into<String>, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            kind,
+            code: code.into(),
+            message: message.into(),
+            retry_after: None,
+            connection: Connection::Keep,
+            allow: None,
+            extra: Map::new(),
+        }
+    }
+
+    fn retry(mut self, after: Duration) -> Self {
+        self.retry_after = Some((after.as_millis().div_ceil(1000) as u64).max(1));
+        self
+    }
+
+    fn closing(mut self) -> Self {
+        self.connection = Connection::Close;
+        self
+    }
+
+    pub fn violation(violation: Violation) -> Self {
+        let status = StatusCode::from_u16(violation.status).unwrap_or(StatusCode::BAD_REQUEST);
+        Self::new(status, "invalid_request_error", "malformed_request", violation.reason).closing()
+    }
+
+    pub fn ambiguous_path() -> Self {
+        let message = "the path can be read in more than one way (dot segments, doubled or encoded slashes)";
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", "ambiguous_path", message).closing()
+    }
+
+    pub fn unknown_route(path: &str) -> Self {
+        let message = format!("there is no {path} here");
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", "unknown_route", message)
+    }
+
+    pub fn forbidden(path: &str) -> Self {
+        let message = format!("{path} is not served on the public listener");
+        Self::new(StatusCode::FORBIDDEN, "invalid_request_error", "operator_route", message)
+    }
+
+    pub fn wrong_method(methods: &'static [Method]) -> Self {
+        let message = "this path does not take that method";
+        let mut refusal = Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", "wrong_method", message);
+        refusal.allow = Some(methods);
+        refusal
+    }
+
+    pub fn unauthorized() -> Self {
+        let message = "an API key is asked for: Authorization: Bearer KEY, or x-api-key: KEY";
+        Self::new(StatusCode::UNAUTHORIZED, "authentication_error", "invalid_api_key", message)
+    }
+
+    pub fn too_large(limit: u64) -> Self {
+        let message = format!("the request's body is larger than {limit} bytes");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", "body_too_large", message).closing()
+    }
+
+    pub fn slow_body() -> Self {
+        let message = "the request's body stopped coming";
+        Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", "body_timeout", message).closing()
+    }
+
+    pub fn broken_body() -> Self {
+        let message = "the request's body broke off or is malformed";
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", "broken_body", message).closing()
+    }
+
+    pub fn queue_full(retry_after: Duration) -> Self {
+        let message = "as many requests wait already as may; come again later";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded_error", "queue_full", message).retry(retry_after)
+    }
+
+    pub fn queue_timeout(retry_after: Duration) -> Self {
+        let message = "no place became free in time; come again later";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded_error", "queue_timeout", message).retry(retry_after)
+    }
+
+    pub fn deadline(retry_after: Duration) -> Self {
+        let message = "the request's own deadline passed before its turn came";
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "overloaded_error", "deadline_exceeded", message).retry(retry_after)
+    }
+
+    pub fn hopeless(retry_after: Duration) -> Self {
+        let message = "the request's deadline is nearer than its turn; come again later";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded_error", "deadline_too_short", message).retry(retry_after)
+    }
+
+    pub fn draining() -> Self {
+        let message = "this server is stopping; another one, or the next start, will answer";
+        let after = Duration::from_secs(5);
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", "draining", message).retry(after).closing()
+    }
+
+    pub fn cut(reason: &str) -> Self {
+        let mut refusal = Self::draining();
+        refusal.message = format!("the request was ended: {reason}");
+        refusal
+    }
+
+    /// The engine is not serving, or (none) not even its state is known yet.
+    pub fn engine(view: Option<&EngineView>) -> Self {
+        let (state, phase) = view.map_or(("starting", ""), |view| (view.state.name(), view.phase.as_str()));
+        let mut message = format!("the engine is not serving: {state}");
+        for part in [phase, view.map_or("", |view| &view.reason)] {
+            if !part.is_empty() {
+                message.push_str(", ");
+                message.push_str(part);
+            }
+        }
+        let eta = view.and_then(|view| view.eta_seconds);
+        let unknown = if view.is_some() { 5 } else { *ENGINE_RETRY.start() };
+        let after = eta.unwrap_or(unknown).clamp(*ENGINE_RETRY.start(), *ENGINE_RETRY.end());
+        let mut refusal =
+            Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", format!("engine_{state}"), message)
+                .retry(Duration::from_secs(after));
+        refusal.extra.insert("state".into(), state.into());
+        refusal.extra.insert("phase".into(), phase.into());
+        refusal.extra.insert("percent".into(), json!(view.and_then(|view| view.percent)));
+        refusal.extra.insert("eta_seconds".into(), json!(eta));
+        refusal
+    }
+
+    /// The engine runs, but is about to be replaced or under suspicion: for `/ready` alone.
+    pub fn suspected(view: &EngineView) -> Self {
+        let mut refusal = Self::engine(Some(view));
+        refusal.code = "engine_suspected".into();
+        refusal.message = "the engine has shown no sign of life for a while".into();
+        refusal
+    }
+
+    pub fn unreachable() -> Self {
+        let message = "the engine does not take connections";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", "engine_unreachable", message)
+            .retry(Duration::from_secs(1))
+    }
+
+    pub fn broken_engine(what: &str) -> Self {
+        let message = format!("the engine ended the connection before its answer: {what}");
+        Self::new(StatusCode::BAD_GATEWAY, "bad_gateway", "engine_broken", message).retry(Duration::from_secs(1))
+    }
+
+    pub fn stuck_supervisor() -> Self {
+        let message = "the supervisor has not been heard of";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", "supervisor_silent", message)
+    }
+
+    /// The answer. `closing` wins over the refusal's own wish to keep the connection.
+    pub fn into_response(self) -> Response<Bytes> {
+        let mut body = Map::new();
+        body.insert("type".into(), "error".into());
+        body.insert("error".into(), error_object(&self.message, self.kind, &self.code));
+        body.extend(self.extra);
+        let mut response = Response::new(Bytes::from(Value::Object(body).to_string()));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if let Some(seconds) = self.retry_after {
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if self.connection == Connection::Close {
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        if let Some(methods) = self.allow {
+            let names: Vec<&str> = methods.iter().map(Method::as_str).collect();
+            headers.insert(ALLOW, HeaderValue::from_str(&names.join(", ")).expect("methods are tokens"));
+        }
+        response
+    }
+}
+
+fn error_object(message: &str, kind: &str, code: &str) -> Value {
+    json!({ "message": message, "type": kind, "param": null, "code": code })
+}
+
+/// The last event of a stream that is not complete. It begins with an empty line, which ends an
+/// event that was cut in its middle, so that this one is read as one.
+pub fn last_event(dialect: Dialect, message: &str) -> Bytes {
+    const KIND: &str = "api_error";
+    const CODE: &str = "stream_interrupted";
+    let error = error_object(message, KIND, CODE);
+    let text = match dialect {
+        Dialect::OpenAi => format!("\n\ndata: {}\n\n", json!({ "error": error })),
+        Dialect::Anthropic => {
+            let event = json!({ "type": "error", "error": { "type": KIND, "message": message } });
+            format!("\n\nevent: error\ndata: {event}\n\n")
+        }
+        Dialect::Responses => {
+            let event = json!({ "type": "error", "code": CODE, "message": message, "param": null });
+            format!("\n\nevent: error\ndata: {event}\n\n")
+        }
+        Dialect::Lines => format!("\n{}\n", json!({ "error": message })),
+    };
+    Bytes::from(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::EngineState;
+
+    fn shape(refusal: Refusal) -> String {
+        let response = refusal.into_response();
+        let mut text = format!("{}\n", response.status());
+        for (name, value) in response.headers() {
+            text.push_str(&format!("{name}: {}\n", value.to_str().expect("text")));
+        }
+        text + std::str::from_utf8(response.body()).expect("text")
+    }
+
+    #[test]
+    fn a_starting_engine_says_how_far_it_is() {
+        let view = EngineView {
+            state: EngineState::Loading,
+            phase: "loading weights 3/64".into(),
+            percent: Some(12.5),
+            eta_seconds: Some(240),
+            reason: String::new(),
+            upstream: None,
+            suspected: false,
+            will_return: true,
+        };
+        insta::assert_snapshot!(shape(Refusal::engine(Some(&view))), @"");
+    }
+
+    #[test]
+    fn refusals_keep_their_shape() {
+        insta::assert_snapshot!(shape(Refusal::unauthorized()), @"");
+        insta::assert_snapshot!(shape(Refusal::wrong_method(&[Method::GET, Method::HEAD])), @"");
+        insta::assert_snapshot!(shape(Refusal::queue_full(Duration::from_millis(1200))), @"");
+    }
+
+    #[test]
+    fn each_dialect_ends_in_its_own_shape_and_without_done() {
+        insta::assert_snapshot!(format!("{:?}", last_event(Dialect::OpenAi, "gone")), @"");
+        insta::assert_snapshot!(format!("{:?}", last_event(Dialect::Anthropic, "gone")), @"");
+        insta::assert_snapshot!(format!("{:?}", last_event(Dialect::Lines, "gone")), @"");
+    }
+}

@@ -1,0 +1,211 @@
+//! What all workers know: settings, keys, the engine, and whether the proxy still admits.
+//!
+//! One immutable [`Snapshot`] at a time, replaced whole; a request looks at one and the same from its
+//! beginning to its admission. It starts and binds nothing.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::auth::{Exposure, Keys, KeysError};
+use super::metrics::{self, Counters, Gauges};
+use super::tap::Patience;
+use crate::admission::{Admission, Limits};
+use crate::link::{EngineView, Gate, ProxySettings, Traffic};
+
+/// Whether requests are admitted, and what becomes of those that were.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Mode {
+    Serving,
+    /// Nothing new; what is open ends in its own time.
+    Draining,
+    /// What is open ends now, saying why.
+    Cut(String),
+    /// The workers end.
+    Closed,
+}
+
+/// Who tells the proxy about the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Supervision {
+    /// A supervisor, heard of each second.
+    Linked,
+    /// Nobody: the engine is taken to be ready.
+    Alone,
+}
+
+/// How patient the proxy is. Not part of the configuration; tests shorten it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timings {
+    pub client: Patience,
+    /// An engine silent for this long in mid-answer has lost the answer. Longer than any prefill:
+    /// native streams send their head before it.
+    pub engine_silence: Duration,
+}
+
+impl Default for Timings {
+    fn default() -> Self {
+        Self { client: Patience::default(), engine_silence: Duration::from_secs(900) }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    pub settings: ProxySettings,
+    /// None: no key is asked for.
+    pub keys: Option<Arc<Keys>>,
+    /// None: nothing is known yet.
+    pub engine: Option<EngineView>,
+    pub mode: Mode,
+}
+
+/// What lives as long as the proxy.
+#[derive(Debug)]
+pub struct Shared {
+    snapshot: watch::Sender<Arc<Snapshot>>,
+    pub admission: Admission,
+    pub timings: Timings,
+    pub supervision: Supervision,
+    workers: Mutex<Vec<Arc<Counters>>>,
+    epoch: Instant,
+    /// When the supervisor was last heard of, in milliseconds of [`Self::stamp`].
+    heard: AtomicU64,
+}
+
+/// Settings before the first message: nothing passes, so nothing needs room.
+fn no_settings() -> ProxySettings {
+    ProxySettings {
+        max: 0,
+        target: 0,
+        queue: 0,
+        queue_timeout_ms: 0,
+        max_body: 0,
+        keys_file: None,
+        workers: 1,
+    }
+}
+
+impl Shared {
+    pub fn new(timings: Timings, supervision: Supervision) -> Arc<Self> {
+        let settings = no_settings();
+        let snapshot = Snapshot { settings, keys: None, engine: None, mode: Mode::Serving };
+        Arc::new(Self {
+            snapshot: watch::Sender::new(Arc::new(snapshot)),
+            admission: Admission::new(Limits { max: 0, queue: 0 }, Gate::Closed),
+            timings,
+            supervision,
+            workers: Mutex::default(),
+            epoch: Instant::now(),
+            heard: AtomicU64::new(1),
+        })
+    }
+
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.borrow().clone()
+    }
+
+    pub fn changes(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.snapshot.subscribe()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Snapshot)) {
+        self.snapshot.send_modify(|snapshot| change(Arc::make_mut(snapshot)));
+    }
+
+    /// New settings, or the reason why the old ones stay.
+    pub fn apply(&self, settings: ProxySettings) -> Result<(), KeysError> {
+        let keys = match &settings.keys_file {
+            None => None,
+            Some(path) => {
+                let (keys, exposure) = Keys::load(path)?;
+                if exposure == Exposure::WorldReadable {
+                    tracing::warn!(path = %path.display(), "everybody on this machine can read the keys file");
+                }
+                Some(Arc::new(keys))
+            }
+        };
+        let limits = Limits { max: settings.max, queue: settings.queue };
+        self.change(|snapshot| {
+            snapshot.settings = settings;
+            snapshot.keys = keys;
+        });
+        self.admission.set_limits(limits);
+        Ok(())
+    }
+
+    pub fn engine(&self, view: EngineView) {
+        let (gate, returns) = (view.state.gate(), view.will_return);
+        self.change(|snapshot| snapshot.engine = Some(view));
+        if self.snapshot().mode == Mode::Serving {
+            self.admission.set_gate(gate);
+            if gate == Gate::Closed && !returns {
+                self.admission.turn_everybody_away();
+            }
+        }
+    }
+
+    pub fn enter(&self, mode: Mode) {
+        self.change(|snapshot| snapshot.mode = mode);
+        self.admission.set_gate(Gate::Closed);
+        self.admission.turn_everybody_away();
+    }
+
+    /// Counts of a new worker.
+    pub fn new_counters(&self) -> Arc<Counters> {
+        let counters = Arc::new(Counters::default());
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&counters));
+        counters
+    }
+
+    /// A moment as a number that is never zero.
+    pub fn stamp(&self, at: Instant) -> u64 {
+        at.saturating_duration_since(self.epoch).as_millis() as u64 + 1
+    }
+
+    pub fn hear(&self) {
+        self.heard.store(self.stamp(Instant::now()), Relaxed);
+    }
+
+    /// How long ago the supervisor was heard of.
+    pub fn silence(&self) -> Duration {
+        Duration::from_millis(self.stamp(Instant::now()).saturating_sub(self.heard.load(Relaxed)))
+    }
+
+    pub fn traffic(&self) -> Traffic {
+        let now = self.stamp(Instant::now());
+        let workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        let sum = |pick: fn(&Counters) -> &AtomicU64| workers.iter().map(|w| pick(w).load(Relaxed)).sum::<u64>();
+        let ago = |pick: fn(&Counters) -> &AtomicU64| {
+            let last = workers.iter().map(|w| pick(w).load(Relaxed)).max().filter(|last| *last > 0)?;
+            Some(now.saturating_sub(last))
+        };
+        let counts = self.admission.counts();
+        Traffic {
+            in_flight: counts.open,
+            queued: counts.waiting,
+            open_answers: usize::try_from(sum(|w| &w.open_answers)).unwrap_or(usize::MAX),
+            last_byte_ms: ago(|w| &w.last_byte),
+            last_request_ms: ago(|w| &w.last_request),
+            served: sum(|w| &w.served),
+            upstream_errors: sum(|w| &w.upstream_errors),
+        }
+    }
+
+    pub fn metrics(&self) -> String {
+        let snapshot = self.snapshot();
+        let counts = self.admission.counts();
+        let workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let gauges = Gauges {
+            in_flight: counts.open,
+            queued: counts.waiting,
+            max: snapshot.settings.max,
+            target: snapshot.settings.target,
+            queue: snapshot.settings.queue,
+            workers: workers.len(),
+        };
+        metrics::page(&workers, &gauges)
+    }
+}

@@ -1,0 +1,449 @@
+//! The client's socket as hyper sees it: every byte that comes in has passed the framing checker.
+//!
+//! It also knows three things hyper does not tell: that the client has left while its answer is
+//! still being made (without reading ahead, so a pipelined second request hides nothing), that what
+//! was written is really out, and that a reader has stopped reading. Bytes are never changed; a
+//! request that must not pass is replaced, whole, by a marker that the service answers with the
+//! refusal. It does not parse HTTP: [`super::framing`] and hyper do.
+
+use std::cell::{Cell, RefCell};
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use hyper::rt::{Read, ReadBufCursor, Write};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
+
+use super::framing::{Checker, Step, Violation};
+
+thread_local! {
+    /// The one read buffer of a worker, for clients and engine alike: nothing stays in it between
+    /// two polls, so no stream needs its own.
+    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BUFFER].into_boxed_slice());
+}
+
+/// Size of a worker's read buffer: some socket buffers' worth, still within the L2 cache.
+pub const READ_BUFFER: usize = 64 * 1024;
+
+/// Runs `reader` on the worker's buffer. Not to be nested.
+pub fn with_buffer<R>(reader: impl FnOnce(&mut [u8]) -> R) -> R {
+    BUFFER.with_borrow_mut(|buffer| reader(buffer))
+}
+
+/// Reads once into `buffer`. After a short read the readiness is given back at once: the socket is
+/// empty then, and asking it again would be a system call for nothing (edge-triggered epoll reports
+/// whatever comes later).
+pub fn poll_read_once(stream: &TcpStream, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(stream.poll_read_ready(cx))?;
+        match stream.try_read(buffer) {
+            Ok(read) => {
+                if read > 0 && read < buffer.len() {
+                    let _: io::Result<()> = stream.try_io(Interest::READABLE, || Err(io::ErrorKind::WouldBlock.into()));
+                }
+                return Poll::Ready(Ok(read));
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Poll::Ready(Err(error)),
+        }
+    }
+}
+
+/// What hyper gets in place of a request that must not pass; the service never takes it for one,
+/// since [`Wire::refusal`] is set.
+const MARKER: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
+/// Ends a chunked body with an error in every state of hyper's decoder.
+const BREAK: &[u8] = b"\n\r\0";
+
+/// How patient the proxy is with a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// From a head's first byte to its last.
+    pub head: Duration,
+    /// Between two requests on one connection.
+    pub idle: Duration,
+    /// Between two pieces of a request's body.
+    pub body: Duration,
+    /// A reader that takes nothing for this long is cut.
+    pub write: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            head: Duration::from_secs(10),
+            idle: Duration::from_secs(75),
+            body: Duration::from_secs(60),
+            write: Duration::from_secs(60),
+        }
+    }
+}
+
+type Leaving = Pin<Box<dyn Future<Output = ()>>>;
+
+/// What the service, the answer and the tap of one connection know together.
+pub struct Wire {
+    stream: Rc<TcpStream>,
+    refusal: Cell<Option<Violation>>,
+    /// How often everything written so far was handed to the kernel.
+    flushes: Cell<u64>,
+    flush_waker: Cell<Option<Waker>>,
+    leaving: RefCell<Option<Leaving>>,
+    /// The client has closed its side.
+    ended: Cell<bool>,
+}
+
+impl fmt::Debug for Wire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Wire").field("stream", &self.stream).finish_non_exhaustive()
+    }
+}
+
+impl Wire {
+    pub fn new(stream: Rc<TcpStream>) -> Rc<Self> {
+        Rc::new(Self {
+            stream,
+            refusal: Cell::new(None),
+            flushes: Cell::new(0),
+            flush_waker: Cell::new(None),
+            leaving: RefCell::new(None),
+            ended: Cell::new(false),
+        })
+    }
+
+    /// Why the request now in the service's hands must be refused, if it must.
+    pub fn refusal(&self) -> Option<Violation> {
+        self.refusal.get()
+    }
+
+    /// Ready when the client has closed or reset its side, whatever it sent before. Nothing is read.
+    pub fn poll_left(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.ended.get() {
+            return Poll::Ready(());
+        }
+        let mut leaving = self.leaving.borrow_mut();
+        let future = leaving.get_or_insert_with(|| {
+            let stream = Rc::clone(&self.stream);
+            // EPOLLRDHUP without data: tokio reports it to who waits for priority readiness.
+            Box::pin(async move {
+                let _ = stream.ready(Interest::PRIORITY).await;
+            })
+        });
+        ready!(future.as_mut().poll(cx));
+        self.ended.set(true);
+        Poll::Ready(())
+    }
+
+    /// Whether the client was seen to have closed its side.
+    pub fn has_ended(&self) -> bool {
+        self.ended.get()
+    }
+
+    pub fn flushes(&self) -> u64 {
+        self.flushes.get()
+    }
+
+    /// Ready once all that was written after the `since`th flush is with the kernel.
+    pub fn poll_flushed(&self, cx: &mut Context<'_>, since: u64) -> Poll<()> {
+        if self.flushes.get() > since {
+            return Poll::Ready(());
+        }
+        self.flush_waker.set(Some(cx.waker().clone()));
+        Poll::Pending
+    }
+
+    fn flushed(&self) {
+        self.flushes.set(self.flushes.get() + 1);
+        if let Some(waker) = self.flush_waker.take() {
+            waker.wake();
+        }
+    }
+}
+
+/// The I/O under hyper's server.
+pub struct Tap {
+    wire: Rc<Wire>,
+    patience: Patience,
+    checker: Checker,
+    /// Read, but not yet hyper's: a head that is not whole, or the next request.
+    held: Vec<u8>,
+    /// Since when a head is awaited, or its rest.
+    head_timer: Option<Pin<Box<Sleep>>>,
+    waiting: Waiting,
+    write_timer: Option<Pin<Box<Sleep>>>,
+    stopped: Stopped,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Waiting {
+    No,
+    ForFirstByte,
+    ForHead,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stopped {
+    No,
+    /// Nothing more passes: the connection ends with the refusal.
+    Yes,
+}
+
+impl fmt::Debug for Tap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tap").field("wire", &self.wire).field("checker", &self.checker).finish_non_exhaustive()
+    }
+}
+
+impl Tap {
+    pub fn new(wire: Rc<Wire>, patience: Patience) -> Self {
+        Self {
+            wire,
+            patience,
+            checker: Checker::default(),
+            held: Vec::new(),
+            head_timer: None,
+            waiting: Waiting::No,
+            write_timer: None,
+            stopped: Stopped::No,
+        }
+    }
+
+    /// Passes what may pass of `bytes`. Returns how many are dealt with and whether hyper got any.
+    fn pass(&mut self, bytes: &[u8], out: &mut ReadBufCursor<'_>) -> (usize, Passed) {
+        let mut done = 0;
+        let mut passed = Passed::Nothing;
+        while done < bytes.len() {
+            // One request at a time: the next one's bytes wait here until hyper asks again.
+            if passed == Passed::Some && self.checker.between_requests() {
+                break;
+            }
+            match self.checker.step(&bytes[done..], out.remaining()) {
+                Step::More => break,
+                Step::Pass(0) => break,
+                Step::Pass(n) => {
+                    out.put_slice(&bytes[done..done + n]);
+                    done += n;
+                    passed = Passed::Some;
+                }
+                Step::Stop(violation) => {
+                    // Behind a request that hyper is just getting: next time.
+                    if passed == Passed::Some && !self.checker.in_body() {
+                        break;
+                    }
+                    if self.refuse(violation, out) == Passed::Some {
+                        passed = Passed::Some;
+                        done = bytes.len();
+                    }
+                    break;
+                }
+            }
+        }
+        (done, passed)
+    }
+
+    /// Puts the marker in the request's place.
+    fn refuse(&mut self, violation: Violation, out: &mut ReadBufCursor<'_>) -> Passed {
+        let marker = if self.checker.in_body() { BREAK } else { MARKER };
+        if out.remaining() < marker.len() {
+            return Passed::Nothing;
+        }
+        self.wire.refusal.set(Some(violation));
+        self.stopped = Stopped::Yes;
+        out.put_slice(marker);
+        Passed::Some
+    }
+
+    /// Starts, keeps or ends the clock of a head. Ready when it has run out.
+    fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<Waiting> {
+        let now = match (self.checker.between_requests(), self.held.is_empty()) {
+            (false, _) => Waiting::No,
+            (true, true) => Waiting::ForFirstByte,
+            (true, false) => Waiting::ForHead,
+        };
+        if now != self.waiting {
+            self.waiting = now;
+            let patience = match now {
+                Waiting::No => return Poll::Pending,
+                Waiting::ForFirstByte => self.patience.idle,
+                Waiting::ForHead => self.patience.head,
+            };
+            let deadline = Instant::now() + patience;
+            match &mut self.head_timer {
+                Some(timer) => timer.as_mut().reset(deadline),
+                None => self.head_timer = Some(Box::pin(sleep_until(deadline))),
+            }
+        }
+        match &mut self.head_timer {
+            Some(timer) if now != Waiting::No => {
+                ready!(timer.as_mut().poll(cx));
+                Poll::Ready(now)
+            }
+            _ => Poll::Pending,
+        }
+    }
+
+    /// A write went through or not: keeps the clock of a reader that stalls.
+    fn poll_stall(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if written.is_ready() {
+            self.write_timer = None;
+            return written;
+        }
+        let patience = self.patience.write;
+        let timer = self.write_timer.get_or_insert_with(|| Box::pin(sleep(patience)));
+        ready!(timer.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Passed {
+    Some,
+    Nothing,
+}
+
+impl Read for Tap {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, mut out: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        loop {
+            if this.stopped == Stopped::Yes {
+                // What else comes is not read: the connection closes behind the refusal.
+                return Poll::Pending;
+            }
+            if !this.held.is_empty() {
+                let held = std::mem::take(&mut this.held);
+                let (done, passed) = this.pass(&held, &mut out);
+                this.held = held;
+                this.held.drain(..done);
+                if this.held.is_empty() {
+                    this.held = Vec::new();
+                }
+                if passed == Passed::Some {
+                    this.waiting = Waiting::No;
+                    return Poll::Ready(Ok(()));
+                }
+            }
+            let room = if this.checker.between_requests() { READ_BUFFER } else { out.remaining() };
+            let read = with_buffer(|buffer| {
+                let room = room.min(buffer.len());
+                let buffer = &mut buffer[..room];
+                let Poll::Ready(read) = poll_read_once(&this.wire.stream, cx, buffer)? else {
+                    return Poll::Pending;
+                };
+                let bytes = &buffer[..read];
+                if read == 0 {
+                    this.wire.ended.set(true);
+                } else if this.held.is_empty() {
+                    let (done, passed) = this.pass(bytes, &mut out);
+                    this.held.extend_from_slice(&bytes[done..]);
+                    if passed == Passed::Some {
+                        return Poll::Ready(Ok::<_, io::Error>(Some(())));
+                    }
+                } else {
+                    this.held.extend_from_slice(bytes);
+                    return Poll::Ready(Ok(None));
+                }
+                Poll::Ready(Ok(if read == 0 { Some(()) } else { None }))
+            });
+            match read? {
+                Poll::Ready(Some(())) => {
+                    this.waiting = Waiting::No;
+                    return Poll::Ready(Ok(()));
+                }
+                Poll::Ready(None) => {}
+                Poll::Pending => {
+                    return match ready!(this.poll_patience(cx)) {
+                        // hyper takes the end of the stream between two requests for what it is.
+                        Waiting::No | Waiting::ForFirstByte => Poll::Ready(Ok(())),
+                        Waiting::ForHead => {
+                            this.refuse(Violation::SLOW_HEAD, &mut out);
+                            Poll::Ready(Ok(()))
+                        }
+                    };
+                }
+            }
+        }
+    }
+}
+
+impl Write for Tap {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = poll_write_with(&this.wire.stream, cx, |stream| stream.try_write(bytes));
+        this.poll_stall(cx, written)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // hyper asks for this when its own buffer is empty, and a socket has none above the kernel.
+        self.wire.flushed();
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(shut_write(&self.wire.stream))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = poll_write_with(&this.wire.stream, cx, |stream| stream.try_write_vectored(slices));
+        this.poll_stall(cx, written)
+    }
+}
+
+fn poll_write_with(
+    stream: &TcpStream,
+    cx: &mut Context<'_>,
+    mut write: impl FnMut(&TcpStream) -> io::Result<usize>,
+) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(stream.poll_write_ready(cx))?;
+        match write(stream) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            outcome => return Poll::Ready(outcome),
+        }
+    }
+}
+
+fn shut_write(stream: &TcpStream) -> io::Result<()> {
+    match socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write) {
+        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+        outcome => outcome,
+    }
+}
+
+/// How long and how much a client may go on sending after its refusal.
+const LINGER: Duration = Duration::from_secs(2);
+const LINGER_BYTES: usize = 1 << 20;
+
+/// Ends a connection so that the client can read the last answer: FIN first, then what it still
+/// sends is thrown away for a moment. Closing with unread bytes would be RST, which takes the answer
+/// out of the client's hands.
+pub async fn close(stream: Rc<TcpStream>) {
+    if shut_write(&stream).is_err() {
+        return;
+    }
+    let drain = async {
+        let mut left = LINGER_BYTES;
+        while left > 0 {
+            let read = std::future::poll_fn(|cx| with_buffer(|buffer| poll_read_once(&stream, cx, buffer))).await;
+            match read {
+                Ok(n) if n > 0 => left = left.saturating_sub(n),
+                _ => return,
+            }
+        }
+    };
+    let _ = tokio::time::timeout(LINGER, drain).await;
+}

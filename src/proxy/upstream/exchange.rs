@@ -1,0 +1,353 @@
+//! One request and its answer's head: the body streams out while the head may come in.
+//!
+//! It ends with the head; the answer's body is [`crate::proxy::answer`]'s. A request is said again
+//! only on a fresh connection, once, when a reused one ended before the first byte of an answer and
+//! every byte that was sent is still held: the engine closed it while we wrote.
+
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::Method;
+use http_body::Body as _;
+use hyper::body::Incoming;
+use tokio::net::TcpStream;
+use tokio::time::{Sleep, sleep, timeout};
+
+use super::head::{self, BadHead, Head, Reuse};
+use super::{Connection, History, Pool, connect};
+use crate::proxy::headers::BodyFraming;
+use crate::proxy::metrics::Counters;
+use crate::proxy::tap::{poll_read_once, with_buffer};
+
+/// Bytes of a body that are kept so that the request can be said again.
+const KEPT: usize = 64 * 1024;
+/// After a write failed, how long an answer that explains it may take to be read.
+const EXPLANATION: Duration = Duration::from_millis(500);
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    #[error("the engine does not take connections: {0}")]
+    Unreachable(io::Error),
+    #[error("{0}")]
+    Broken(io::Error),
+    #[error("{0}")]
+    BadHead(#[from] BadHead),
+    #[error("{0}")]
+    Body(#[from] BodyFault),
+}
+
+/// What is wrong with the client's body.
+#[derive(Debug, thiserror::Error)]
+pub enum BodyFault {
+    #[error("the body grew beyond the limit")]
+    TooLarge,
+    #[error("the body stopped coming")]
+    Slow,
+    #[error("the body broke off: {0}")]
+    Broken(hyper::Error),
+}
+
+/// The client's body on its way to the engine.
+#[derive(Debug)]
+pub struct Outgoing {
+    body: Incoming,
+    framing: BodyFraming,
+    max: u64,
+    patience: Duration,
+    taken: u64,
+    timer: Option<Pin<Box<Sleep>>>,
+    /// What was taken so far; none once it was too much to keep.
+    kept: Option<Vec<Bytes>>,
+    /// How many of `kept` have been sent on the present connection.
+    replayed: usize,
+    end: End,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Open,
+    Reached,
+}
+
+impl Outgoing {
+    pub fn new(body: Incoming, framing: BodyFraming, max: u64, patience: Duration) -> Self {
+        let end = if framing == BodyFraming::None { End::Reached } else { End::Open };
+        Self { body, framing, max, patience, taken: 0, timer: None, kept: Some(Vec::new()), replayed: 0, end }
+    }
+
+    /// Starts over on another connection, if nothing that was sent is lost.
+    fn rewind(&mut self) -> Option<()> {
+        self.kept.as_ref()?;
+        self.replayed = 0;
+        Some(())
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyFault>>> {
+        if let Some(kept) = &self.kept
+            && let Some(piece) = kept.get(self.replayed)
+        {
+            self.replayed += 1;
+            return Poll::Ready(Some(Ok(piece.clone())));
+        }
+        loop {
+            if self.end == End::Reached {
+                return Poll::Ready(None);
+            }
+            let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
+                let patience = self.patience;
+                let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(patience)));
+                ready!(timer.as_mut().poll(cx));
+                return Poll::Ready(Some(Err(BodyFault::Slow)));
+            };
+            self.timer = None;
+            match frame {
+                None => self.end = End::Reached,
+                Some(Err(error)) => return Poll::Ready(Some(Err(BodyFault::Broken(error)))),
+                // Trailers are dropped: merged into headers they could forge them.
+                Some(Ok(frame)) => {
+                    let Ok(data) = frame.into_data() else { continue };
+                    if data.is_empty() {
+                        continue;
+                    }
+                    self.taken += data.len() as u64;
+                    if self.taken > self.max {
+                        return Poll::Ready(Some(Err(BodyFault::TooLarge)));
+                    }
+                    if self.taken > KEPT as u64 {
+                        self.kept = None;
+                    }
+                    if let Some(kept) = &mut self.kept {
+                        kept.push(data.clone());
+                        self.replayed += 1;
+                    }
+                    if self.body.is_end_stream() && self.framing != BodyFraming::Chunked {
+                        self.end = End::Reached;
+                    }
+                    return Poll::Ready(Some(Ok(data)));
+                }
+            }
+        }
+    }
+}
+
+/// An answer that has begun.
+#[derive(Debug)]
+pub struct Answered {
+    pub stream: TcpStream,
+    pub head: Head,
+    /// What came behind the head in the same read: the body's first bytes, still framed.
+    pub rest: Vec<u8>,
+    pub sent: Sent,
+}
+
+/// Whether the engine took the whole request before it answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sent {
+    Whole,
+    /// It answered early: neither connection can carry another request.
+    Partly,
+}
+
+/// Says the request and waits for the answer's head, however long the engine thinks.
+pub async fn exchange(
+    pool: &Pool,
+    counters: &Counters,
+    engine: SocketAddr,
+    method: &Method,
+    head: &[u8],
+    body: &mut Outgoing,
+) -> Result<Answered, Failure> {
+    let mut connection = pool.take(engine);
+    loop {
+        let Connection { stream, history } = match connection.take() {
+            Some(connection) => connection,
+            None => {
+                counters.upstream_connects.fetch_add(1, Relaxed);
+                connect(engine).await.map_err(Failure::Unreachable)?
+            }
+        };
+        match attempt(stream, method, head, body).await {
+            Ok(answered) => return Ok(answered),
+            Err(Broke { failure: Failure::Broken(_), answer: Begun::No })
+                if history == History::Reused && body.rewind().is_some() =>
+            {
+                counters.upstream_retries.fetch_add(1, Relaxed);
+            }
+            Err(Broke { failure, .. }) => return Err(failure),
+        }
+    }
+}
+
+/// Whether a byte of an answer had come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Begun {
+    Yes,
+    No,
+}
+
+#[derive(Debug)]
+struct Broke {
+    failure: Failure,
+    answer: Begun,
+}
+
+impl From<BodyFault> for Broke {
+    fn from(fault: BodyFault) -> Self {
+        Self { failure: fault.into(), answer: Begun::No }
+    }
+}
+
+enum SendFault {
+    Engine(io::Error),
+    Client(BodyFault),
+}
+
+async fn attempt(stream: TcpStream, method: &Method, head: &[u8], body: &mut Outgoing) -> Result<Answered, Broke> {
+    let mut answer = Answer { bytes: Vec::new(), begun: Begun::No };
+    let (outcome, sent) = {
+        let mut reading = pin!(poll_fn(|cx| answer.poll_head(&stream, cx, method)));
+        let sending = pin!(send(&stream, head, body));
+        tokio::select! {
+            biased;
+            sent = sending => match sent {
+                Ok(()) => (reading.await, Sent::Whole),
+                Err(SendFault::Client(fault)) => return Err(fault.into()),
+                Err(SendFault::Engine(error)) => match timeout(EXPLANATION, reading.as_mut()).await {
+                    Ok(Ok(found)) => (Ok(found), Sent::Partly),
+                    Ok(Err(failure)) => (Err(failure), Sent::Partly),
+                    Err(_) => (Err(Failure::Broken(error)), Sent::Partly),
+                },
+            },
+            outcome = reading.as_mut() => (outcome, Sent::Partly),
+        }
+    };
+    let begun = answer.begun;
+    let (mut head, rest) = outcome.map_err(|failure| Broke { failure, answer: begun })?;
+    if sent == Sent::Partly {
+        head.reuse = Reuse::No;
+    }
+    Ok(Answered { stream, head, rest, sent })
+}
+
+/// The answer's head while it is not whole: nearly always it is, in the first read.
+struct Answer {
+    bytes: Vec<u8>,
+    begun: Begun,
+}
+
+impl Answer {
+    fn poll_head(
+        &mut self,
+        stream: &TcpStream,
+        cx: &mut Context<'_>,
+        method: &Method,
+    ) -> Poll<Result<(Head, Vec<u8>), Failure>> {
+        loop {
+            let found = ready!(with_buffer(|buffer| {
+                let read = ready!(poll_read_once(stream, cx, buffer)).map_err(Failure::Broken)?;
+                if read == 0 {
+                    return Poll::Ready(Err(Failure::Broken(io::ErrorKind::UnexpectedEof.into())));
+                }
+                self.begun = Begun::Yes;
+                if self.bytes.is_empty() {
+                    let found = whole(&buffer[..read], method)?;
+                    if found.is_none() {
+                        self.bytes.extend_from_slice(&buffer[..read]);
+                    }
+                    return Poll::Ready(Ok(found));
+                }
+                self.bytes.extend_from_slice(&buffer[..read]);
+                Poll::Ready(whole(&self.bytes, method).map_err(Failure::from))
+            }))?;
+            if let Some(found) = found {
+                return Poll::Ready(Ok(found));
+            }
+        }
+    }
+}
+
+/// The final head in `bytes` and what stands behind it; interim answers are skipped.
+fn whole(mut bytes: &[u8], method: &Method) -> Result<Option<(Head, Vec<u8>)>, BadHead> {
+    loop {
+        let Some(head) = head::parse(bytes, method)? else { return Ok(None) };
+        let rest = &bytes[head.length..];
+        match head.status.as_u16() {
+            // Nobody asked for an upgrade: what follows would be tunnelled unseen (CVE-2026-2833).
+            101 => return Err(BadHead::Field("status (an upgrade that nobody asked for)")),
+            100..200 => bytes = rest,
+            _ => return Ok(Some((head, rest.to_vec()))),
+        }
+    }
+}
+
+async fn send(stream: &TcpStream, head: &[u8], body: &mut Outgoing) -> Result<(), SendFault> {
+    let mut prefix: Vec<u8> = Vec::new();
+    let mut head = Some(head);
+    loop {
+        // The first piece goes out with the head where it is there already.
+        let piece = match &head {
+            Some(_) => poll_fn(|cx| Poll::Ready(body.poll_next(cx))).await,
+            None => Poll::Ready(poll_fn(|cx| body.poll_next(cx)).await),
+        };
+        let chunked = body.framing == BodyFraming::Chunked;
+        let first = head.take().unwrap_or_default();
+        match piece {
+            Poll::Pending => write(stream, [first, b"", b"", b""]).await?,
+            Poll::Ready(Some(Err(fault))) => return Err(SendFault::Client(fault)),
+            Poll::Ready(Some(Ok(data))) if chunked => {
+                use std::io::Write as _;
+                prefix.clear();
+                // Writing into a Vec does not fail.
+                let _ = write!(prefix, "{:x}\r\n", data.len());
+                write(stream, [first, &prefix, &data, b"\r\n"]).await?;
+            }
+            Poll::Ready(Some(Ok(data))) => write(stream, [first, &data, b"", b""]).await?,
+            Poll::Ready(None) => {
+                let end: &[u8] = if chunked { b"0\r\n\r\n" } else { b"" };
+                return write(stream, [first, end, b"", b""]).await;
+            }
+        }
+        if body.end == End::Reached && !chunked && body.is_replayed() {
+            return Ok(());
+        }
+    }
+}
+
+impl Outgoing {
+    fn is_replayed(&self) -> bool {
+        self.kept.as_ref().is_none_or(|kept| self.replayed >= kept.len())
+    }
+
+    /// Bytes of the client's body so far.
+    pub fn taken(&self) -> u64 {
+        self.taken
+    }
+}
+
+async fn write(stream: &TcpStream, mut parts: [&[u8]; 4]) -> Result<(), SendFault> {
+    while parts.iter().any(|part| !part.is_empty()) {
+        let slices = parts.map(io::IoSlice::new);
+        let mut written = match stream.try_write_vectored(&slices) {
+            Ok(0) => return Err(SendFault::Engine(io::ErrorKind::WriteZero.into())),
+            Ok(written) => written,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                stream.writable().await.map_err(SendFault::Engine)?;
+                continue;
+            }
+            Err(error) => return Err(SendFault::Engine(error)),
+        };
+        for part in &mut parts {
+            let gone = written.min(part.len());
+            *part = &part[gone..];
+            written -= gone;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,204 @@
+//! One thread of the data plane: its own runtime, its own accepts, its own connections.
+//!
+//! Nothing but the snapshot, the counters and the admission's door is shared with other workers. What
+//! happens to a request is [`super::service`]'s; this file only keeps connections alive and lets them
+//! go.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::future::{Future as _, poll_fn};
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdTcpListener};
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::Waker;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::{Builder, LocalOptions};
+use tokio::task::{spawn_local, yield_now};
+use tokio::time::{Instant, sleep};
+
+use super::framing::{MAX_HEAD, MAX_LINES};
+use super::metrics::Counters;
+use super::service::{self, Peer};
+use super::state::{Mode, Shared, Snapshot};
+use super::tap::{self, Tap, Wire};
+use super::upstream::Pool;
+
+/// After a failed accept (no descriptors): long enough to let some connection end.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What the connections of one thread share.
+pub struct Worker {
+    pub shared: Arc<Shared>,
+    pub counters: Arc<Counters>,
+    pub pool: Rc<Pool>,
+    pub engine_silence: Duration,
+    http: http1::Builder,
+    mode: RefCell<Mode>,
+    /// The tasks to wake when the mode changes, so that no connection has to watch for it.
+    connections: RefCell<HashMap<u64, Waker>>,
+    next: Cell<u64>,
+}
+
+impl std::fmt::Debug for Worker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Worker").field("mode", &self.mode).finish_non_exhaustive()
+    }
+}
+
+impl Worker {
+    fn new(shared: Arc<Shared>, counters: Arc<Counters>) -> Rc<Self> {
+        let mut http = http1::Builder::new();
+        // The head's clock, the lines' limit and the head's size are the tap's, which can say why;
+        // hyper's own stand a little behind them. Half-closed connections are left to `poll_left`.
+        http.half_close(true)
+            .header_read_timeout(None)
+            .max_headers(MAX_LINES + 1)
+            .max_buf_size(MAX_HEAD + 1024)
+            .auto_date_header(true);
+        Rc::new(Self {
+            engine_silence: shared.timings.engine_silence,
+            shared,
+            counters,
+            pool: Rc::default(),
+            http,
+            mode: RefCell::new(Mode::Serving),
+            connections: RefCell::default(),
+            next: Cell::new(0),
+        })
+    }
+
+    /// Why open answers must end, if they must.
+    pub fn cut(&self) -> Option<String> {
+        match &*self.mode.borrow() {
+            Mode::Cut(reason) => Some(reason.clone()),
+            _ => None,
+        }
+    }
+
+    pub fn stamp(&self, at: Instant) -> u64 {
+        self.shared.stamp(at)
+    }
+
+    fn is_serving(&self) -> bool {
+        *self.mode.borrow() == Mode::Serving
+    }
+
+    fn change(&self, snapshot: &Snapshot) {
+        let upstream = snapshot.engine.as_ref().and_then(|engine| engine.upstream.as_ref());
+        if upstream.is_none() {
+            self.pool.clear();
+        }
+        if *self.mode.borrow() != snapshot.mode {
+            self.mode.borrow_mut().clone_from(&snapshot.mode);
+            self.connections.borrow().values().for_each(Waker::wake_by_ref);
+        }
+    }
+}
+
+/// Runs a worker on this thread until the proxy is closed.
+pub fn run(shared: Arc<Shared>, counters: Arc<Counters>, listeners: Vec<StdTcpListener>) -> io::Result<()> {
+    let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
+    runtime.block_on(async {
+        let mut changes = shared.changes();
+        let worker = Worker::new(shared, counters);
+        for listener in listeners {
+            let listener = TcpListener::from_std(listener)?;
+            spawn_local(accept(Rc::clone(&worker), listener));
+        }
+        loop {
+            let snapshot = changes.borrow_and_update().clone();
+            worker.change(&snapshot);
+            if snapshot.mode == Mode::Closed || changes.changed().await.is_err() {
+                return Ok(());
+            }
+        }
+    })
+}
+
+/// Accepts one connection at a time and lets the others have theirs in between. New protocols (TLS,
+/// PROXY, HTTP/2) and other kinds of listener begin here, before [`converse`].
+async fn accept(worker: Rc<Worker>, listener: TcpListener) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                spawn_local(converse(Rc::clone(&worker), stream, peer));
+                yield_now().await;
+            }
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                tracing::warn!(%error, "no connection can be accepted for now");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// A connection's entry in the worker's list, for as long as it lives.
+struct Registered {
+    worker: Rc<Worker>,
+    id: u64,
+}
+
+impl Registered {
+    fn new(worker: &Rc<Worker>, waker: &Waker) -> Self {
+        let id = worker.next.get();
+        worker.next.set(id + 1);
+        worker.connections.borrow_mut().insert(id, waker.clone());
+        worker.counters.connections.fetch_add(1, Relaxed);
+        worker.counters.connections_total.fetch_add(1, Relaxed);
+        Self { worker: Rc::clone(worker), id }
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.worker.connections.borrow_mut().remove(&self.id);
+        self.worker.counters.connections.fetch_sub(1, Relaxed);
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Farewell {
+    /// Was open when the drain began: to be told, once.
+    Due,
+    Said,
+}
+
+async fn converse(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
+    if stream.set_nodelay(true).is_err() {
+        return;
+    }
+    let stream = Rc::new(stream);
+    let wire = Wire::new(Rc::clone(&stream));
+    {
+        let tap = Tap::new(Rc::clone(&wire), worker.shared.timings.client);
+        let peer = Rc::new(Peer { worker: Rc::clone(&worker), wire: Rc::clone(&wire), address: peer.ip() });
+        let service = service_fn(move |request| service::answer(Rc::clone(&peer), request));
+        let mut connection = pin!(worker.http.serve_connection(tap, service));
+        let mut registered = None;
+        // Who connects during a drain is answered; only what was open before is let go.
+        let mut farewell = if worker.is_serving() { Farewell::Due } else { Farewell::Said };
+        let outcome = poll_fn(|cx| {
+            registered.get_or_insert_with(|| Registered::new(&worker, cx.waker()));
+            if farewell == Farewell::Due && !worker.is_serving() {
+                farewell = Farewell::Said;
+                connection.as_mut().graceful_shutdown();
+            }
+            connection.as_mut().poll(cx)
+        })
+        .await;
+        if let Err(error) = outcome {
+            tracing::debug!(%error, "a connection ended early");
+        }
+    }
+    if !wire.has_ended() {
+        tap::close(stream).await;
+    }
+}
