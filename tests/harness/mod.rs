@@ -5,3 +5,4 @@ pub mod client;
 pub mod daemon;
 pub mod engine;
 pub mod hub;
+pub mod processes;
