@@ -157,7 +157,8 @@ impl Supervisor {
             })),
         };
         let (driver, outlook) = Driver::new(outside);
-        let routes = admin::routes(admin::Sources { status: outlook.status, engine: outlook.engine, half: outlook.half });
+        let routes =
+            admin::routes(admin::Sources { status: outlook.status, engine: outlook.engine, half: outlook.half });
         admin_listener.set_nonblocking(true)?;
         tokio::spawn(admin::serve_tcp(tokio::net::TcpListener::from_std(admin_listener)?, routes.clone()));
         tokio::spawn(admin::serve_unix(tokio::net::UnixListener::from_std(admin_socket)?, routes));
@@ -193,7 +194,9 @@ async fn guard(
     match spawner.spawn(spec).await {
         Ok((mut child, _)) => child.stdin.take().map(Guarded::new),
         Err(error) => {
-            tracing::warn!("no guard could be started ({error}): should sglangd be killed, only the next start ends what it leaves");
+            tracing::warn!(
+                "no guard could be started ({error}): should sglangd be killed, only the next start ends what it leaves"
+            );
             None
         }
     }
@@ -247,7 +250,8 @@ fn engine_is_possible(loaded: &Loaded, folders: &Folders, color: Color) -> Resul
         return Err(errors.explain(loaded).render(color));
     }
     eprintln!("sglangd: asking the installed engine about flags that are not known here (some 20 s) …");
-    let installed = inspect::installed_table(engine, folders.inspect_cache(), super::plan::INSPECT_LIMIT).map_err(plain)?;
+    let installed =
+        inspect::installed_table(engine, folders.inspect_cache(), super::plan::INSPECT_LIMIT).map_err(plain)?;
     resolve(&loaded.config, &installed.table).map(drop).map_err(|errors| errors.explain(loaded).render(color))
 }
 
@@ -280,7 +284,11 @@ fn status_command(bound: &Bound) -> String {
 /// Nobody can connect to 0.0.0.0.
 fn reachable(mut addr: SocketAddr) -> SocketAddr {
     if addr.ip().is_unspecified() {
-        addr.set_ip(if addr.is_ipv4() { std::net::Ipv4Addr::LOCALHOST.into() } else { std::net::Ipv6Addr::LOCALHOST.into() });
+        addr.set_ip(if addr.is_ipv4() {
+            std::net::Ipv4Addr::LOCALHOST.into()
+        } else {
+            std::net::Ipv6Addr::LOCALHOST.into()
+        });
     }
     addr
 }

@@ -36,7 +36,9 @@ pub fn routes(sources: Sources) -> Router {
     Router::new()
         .route("/status", get(status))
         .route("/metrics", get(metrics))
-        .fallback(|| async { (StatusCode::NOT_FOUND, "sglangd's admin listener answers GET /status and GET /metrics\n") })
+        .fallback(|| async {
+            (StatusCode::NOT_FOUND, "sglangd's admin listener answers GET /status and GET /metrics\n")
+        })
         .with_state(Arc::new(sources))
 }
 
@@ -73,8 +75,9 @@ async fn metrics(State(sources): State<Arc<Sources>>) -> Response {
     let mut page = own(&sources.status.borrow());
     let engine = async {
         let upstream = sources.engine.borrow().upstream.clone()?;
-        let answer =
-            client::get(&Target::Tcp(upstream.addr), "/metrics", upstream.api_key.as_deref(), ENGINE_LIMIT).await.ok()?;
+        let answer = client::get(&Target::Tcp(upstream.addr), "/metrics", upstream.api_key.as_deref(), ENGINE_LIMIT)
+            .await
+            .ok()?;
         (answer.status == StatusCode::OK).then(|| String::from_utf8_lossy(&answer.body).into_owned())
     };
     let (proxy, engine) = tokio::join!(sources.half.scrape(), engine);
@@ -116,19 +119,44 @@ fn own(status: &Status) -> String {
         }
     };
     let one = |value: f64| vec![(String::new(), value)];
-    metric("sglangd_info", "gauge", "Always 1; what runs.", &[(
-        format!("{{version=\"{}\",model=\"{}\",engine_version=\"{}\"}}", status.version, escaped(&status.model.name), escaped(status.engine.version.as_deref().unwrap_or(""))),
-        1.0,
-    )]);
+    metric(
+        "sglangd_info",
+        "gauge",
+        "Always 1; what runs.",
+        &[(
+            format!(
+                "{{version=\"{}\",model=\"{}\",engine_version=\"{}\"}}",
+                status.version,
+                escaped(&status.model.name),
+                escaped(status.engine.version.as_deref().unwrap_or(""))
+            ),
+            1.0,
+        )],
+    );
     let states: Vec<(String, f64)> = STATES
         .iter()
         .map(|state| (format!("{{state=\"{}\"}}", state.name()), f64::from(u8::from(*state == status.state))))
         .collect();
     metric("sglangd_engine_state", "gauge", "1 for the state the engine is in.", &states);
-    metric("sglangd_engine_restarts_total", "counter", "Engines started again since sglangd's start.", &one(f64::from(status.engine.restarts)));
-    metric("sglangd_proxy_restarts_total", "counter", "Proxy processes started again since sglangd's start.", &one(status.proxy.restarts as f64));
+    metric(
+        "sglangd_engine_restarts_total",
+        "counter",
+        "Engines started again since sglangd's start.",
+        &one(f64::from(status.engine.restarts)),
+    );
+    metric(
+        "sglangd_proxy_restarts_total",
+        "counter",
+        "Proxy processes started again since sglangd's start.",
+        &one(status.proxy.restarts as f64),
+    );
     metric("sglangd_uptime_seconds", "gauge", "Since sglangd's start.", &one(status.uptime_seconds as f64));
-    metric("sglangd_engine_hang_suspected", "gauge", "1 while a hang of the engine is suspected.", &one(f64::from(u8::from(status.engine.suspected_seconds.is_some()))));
+    metric(
+        "sglangd_engine_hang_suspected",
+        "gauge",
+        "1 while a hang of the engine is suspected.",
+        &one(f64::from(u8::from(status.engine.suspected_seconds.is_some()))),
+    );
     if let Some(percent) = status.percent {
         metric("sglangd_start_percent", "gauge", "Progress of a start or a download, 0-100.", &one(f64::from(percent)));
     }

@@ -8,6 +8,7 @@ use std::io::IsTerminal;
 
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::debug_fn;
 use tracing_subscriber::fmt::time::FormatTime;
 
 use crate::config::LogFormat;
@@ -29,13 +30,25 @@ impl FormatTime for Clock {
 /// call changes nothing. What is still in the ring is written when the guard is dropped.
 #[must_use = "lines still in the ring are lost when the guard is dropped early"]
 pub fn init(format: LogFormat, level: &str) -> WorkerGuard {
-    let (writer, guard) =
-        NonBlockingBuilder::default().lossy(true).buffered_lines_limit(RING).thread_name("log").finish(std::io::stderr());
+    let (writer, guard) = NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(RING)
+        .thread_name("log")
+        .finish(std::io::stderr());
     let filter = EnvFilter::try_new(level).unwrap_or_else(|_| EnvFilter::new("info"));
     let base = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_timer(Clock);
     // An error here means that a logger is already there, which is all that was wanted.
     let _ = match format {
-        LogFormat::Text => base.with_ansi(std::io::stderr().is_terminal()).with_target(false).try_init(),
+        LogFormat::Text => base
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_target(false)
+            // The engine's rank stands in the message; as a field of its own it is for machines.
+            .fmt_fields(debug_fn(|writer, field, value| match field.name() {
+                "message" => write!(writer, "{value:?}"),
+                "rank" => Ok(()),
+                name => write!(writer, " {name}={value:?}"),
+            }))
+            .try_init(),
         LogFormat::Json => base.json().flatten_event(true).try_init(),
     };
     guard

@@ -43,5 +43,10 @@ pub fn examine(ended: Option<Ended>, phase: &str, tail: &[Vec<u8>], verdict: Opt
     }
     let how = ended.map_or_else(|| "its end was not seen".to_owned(), |ended| ended.to_string());
     let last = tail.last().map(|line| String::from_utf8_lossy(line).into_owned()).unwrap_or_default();
-    Cause::passing("crash", Exit::CrashLoop.code(), format!("The engine died while {phase} ({how}). Last line: {last}"), "")
+    Cause::passing(
+        "crash",
+        Exit::CrashLoop.code(),
+        format!("The engine died while {phase} ({how}). Last line: {last}"),
+        "",
+    )
 }

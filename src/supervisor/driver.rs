@@ -304,10 +304,14 @@ impl Driver {
                 self.on(Event::Stop).await;
             }
             Wish::Reload => self.reloaded(),
-            Wish::Reap => while self.spawner.reap() == crate::launch::reaper::BATCH {
-                tokio::task::yield_now().await;
-            },
-            Wish::Quit => tracing::warn!("SIGQUIT: an orphaned rank of the engine signals its failure, or somebody wants a core dump; nothing is done about it"),
+            Wish::Reap => {
+                while self.spawner.reap() == crate::launch::reaper::BATCH {
+                    tokio::task::yield_now().await;
+                }
+            }
+            Wish::Quit => tracing::warn!(
+                "SIGQUIT: an orphaned rank of the engine signals its failure, or somebody wants a core dump; nothing is done about it"
+            ),
             Wish::Nothing => tracing::debug!("SIGUSR1 or SIGUSR2: nothing is done about it"),
         }
     }
@@ -341,7 +345,12 @@ impl Driver {
         self.systemd.step(&status);
         let line = headline(&status);
         // The percentage moves four times a second; the log gets a line when something happens.
-        let gist = format!("{}{}{}", status.state.name(), status.phase.trim_end_matches(|c: char| c.is_ascii_digit() || "/ %".contains(c)), status.reason);
+        let gist = format!(
+            "{}{}{}",
+            status.state.name(),
+            status.phase.trim_end_matches(|c: char| c.is_ascii_digit() || "/ %".contains(c)),
+            status.reason
+        );
         if gist != self.headline {
             self.headline = gist;
             tracing::info!("{line}");
@@ -390,7 +399,8 @@ fn policy(config: &Config) -> Policy {
 /// The proxy parses untrusted bytes: it gets nothing it could lose, no token and no key.
 fn proxy_env(own: &Env, config: &Config) -> Env {
     let keep = ["PATH", "HOME", "LANG", "LC_ALL", "TZ", "RUST_BACKTRACE", "TERM", "NO_COLOR"];
-    let mut env: Env = own.iter().filter(|(name, _)| keep.iter().any(|k| name == k)).map(|(n, v)| (n.clone(), v.clone())).collect();
+    let mut env: Env =
+        own.iter().filter(|(name, _)| keep.iter().any(|k| name == k)).map(|(n, v)| (n.clone(), v.clone())).collect();
     env.insert("SGLANGD_OBSERVE_LEVEL".into(), config.observe.level.clone().into());
     let format = match config.observe.format {
         crate::config::LogFormat::Text => "text",

@@ -29,7 +29,12 @@ impl Loading {
     /// Takes in what the engine said. True news are progress.
     pub fn heard(&mut self, said: &Said) -> News {
         let phase = format!("{:?}", said.fact);
-        if phase == self.phase { News::Old } else { self.phase = phase; News::Further }
+        if phase == self.phase {
+            News::Old
+        } else {
+            self.phase = phase;
+            News::Further
+        }
     }
 
     pub fn phase(&self, state: &State) -> &str {

@@ -59,8 +59,8 @@ pub fn all(config: &Config, folders: &Folders) -> Result<Bound, BindError> {
     let public = listen("listen.public", config.listen.public, "--listen")?;
     let admin = listen("listen.admin", config.listen.admin, "--admin")?;
     let socket_path = folders.runtime.join("admin.sock");
-    let admin_socket = admin::bind_unix(&socket_path)
-        .map_err(|source| BindError::Socket { path: socket_path.clone(), source })?;
+    let admin_socket =
+        admin::bind_unix(&socket_path).map_err(|source| BindError::Socket { path: socket_path.clone(), source })?;
     Ok(Bound { public, admin, admin_socket, socket_path, lock })
 }
 
@@ -74,9 +74,20 @@ fn folder(what: &'static str, path: &Path, flag: &'static str) -> Result<(), Bin
 /// One sglangd a runtime folder. A lock of the kernel's, not a pid file: a dead holder holds nothing.
 fn lock(runtime: &Path) -> Result<File, BindError> {
     let path = runtime.join("lock");
-    let failed = |source| BindError::Folder { what: "the runtime folder", path: runtime.to_owned(), flag: "runtime-dir", source };
-    let mut file =
-        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(failed)?;
+    let failed = |source| BindError::Folder {
+        what: "the runtime folder",
+        path: runtime.to_owned(),
+        flag: "runtime-dir",
+        source,
+    };
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(failed)?;
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut holder = String::new();
         // Whoever holds it wrote its pid; unreadable is as good as unknown.
@@ -84,10 +95,7 @@ fn lock(runtime: &Path) -> Result<File, BindError> {
         let holder = if holder.trim().is_empty() { "pid unknown".into() } else { format!("pid {}", holder.trim()) };
         return Err(BindError::Taken { path: runtime.to_owned(), holder });
     }
-    let written = file
-        .set_len(0)
-        .and_then(|()| file.rewind())
-        .and_then(|()| write!(file, "{}", std::process::id()));
+    let written = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
     written.map_err(failed)?;
     Ok(file)
 }

@@ -54,7 +54,8 @@ fn hub() -> io::Result<String> {
     std::thread::Builder::new().name("demo-hub".into()).spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let serve = async {
-            let hub = Hub::serve(listener, Content::default(), Options { rate: Some(RATE), ..Options::default() }).await;
+            let hub =
+                Hub::serve(listener, Content::default(), Options { rate: Some(RATE), ..Options::default() }).await;
             match hub {
                 Ok(hub) => {
                     let _ = tell.send(Ok(hub.endpoint()));

@@ -79,7 +79,12 @@ impl Driver {
         tokio::spawn(async move {
             let prepared = tokio::task::spawn_blocking(move || prepare(&from)).await;
             let prepared = prepared.unwrap_or_else(|error| {
-                Err(Cause::passing("bug", Exit::Bug.code(), format!("The preparation of a start broke off: {error}."), ""))
+                Err(Cause::passing(
+                    "bug",
+                    Exit::Bug.code(),
+                    format!("The preparation of a start broke off: {error}."),
+                    "",
+                ))
             });
             let _ = reports.send(Report::Prepared(prepared.map(Box::new))).await;
         });
@@ -105,7 +110,9 @@ impl Driver {
                 if let Some(guard) = &mut self.guard
                     && let Err(error) = guard.tell(Some(&record))
                 {
-                    tracing::warn!("the guard is gone ({error}): should sglangd be killed, the next start ends what it leaves");
+                    tracing::warn!(
+                        "the guard is gone ({error}): should sglangd be killed, the next start ends what it leaves"
+                    );
                     self.guard = None;
                 }
                 drop(secrets);

@@ -143,7 +143,12 @@ impl Driver {
         let weights = self.weights.get_or_insert_default();
         match step {
             Progress::Plan { files, bytes_total, bytes_present } => {
-                *weights = WeightsStatus { files: *files as u64, done: *bytes_present, total: *bytes_total, ..WeightsStatus::default() };
+                *weights = WeightsStatus {
+                    files: *files as u64,
+                    done: *bytes_present,
+                    total: *bytes_total,
+                    ..WeightsStatus::default()
+                };
                 self.loading.named(format!("fetching {files} files"));
             }
             Progress::Bytes { done, total, rate_bytes_per_s, eta_seconds, pace, .. } => {
@@ -152,7 +157,9 @@ impl Driver {
                 self.loading.fetching(*pace, *eta_seconds);
             }
             Progress::Verifying { file, .. } => self.loading.named(format!("verifying {file}")),
-            Progress::Waiting { file, holder } => self.loading.named(format!("waiting for {holder}, who fetches {file}")),
+            Progress::Waiting { file, holder } => {
+                self.loading.named(format!("waiting for {holder}, who fetches {file}"))
+            }
             Progress::Done { .. } | Progress::Failed { .. } => {}
         }
     }
@@ -175,7 +182,8 @@ impl Driver {
     /// Once a second.
     pub(super) async fn beat(&mut self) {
         self.systemd.tick();
-        if matches!(self.machine.state, State::Loading { .. }) && self.born.elapsed().as_secs().is_multiple_of(RANKS_EVERY)
+        if matches!(self.machine.state, State::Loading { .. })
+            && self.born.elapsed().as_secs().is_multiple_of(RANKS_EVERY)
             && let Some(engine) = &self.engine
         {
             self.ranks = engine.named_ranks().into_iter().map(|(name, _)| name).collect();
@@ -199,13 +207,19 @@ impl Driver {
             }
             Verdict::Suspected(silence) => {
                 if self.pulse.suspected.is_none() {
-                    tracing::warn!("no sign of life from the engine for {} s while something waits: a hang is suspected", silence.as_secs());
+                    tracing::warn!(
+                        "no sign of life from the engine for {} s while something waits: a hang is suspected",
+                        silence.as_secs()
+                    );
                 }
                 self.pulse.suspected = Some(silence);
             }
             Verdict::Hung(silence) => {
                 self.pulse.judged.get_or_insert_with(|| {
-                    format!("The engine hung: no token, no batch and no answer to a probe for {} s while something waited.", silence.as_secs())
+                    format!(
+                        "The engine hung: no token, no batch and no answer to a probe for {} s while something waited.",
+                        silence.as_secs()
+                    )
                 });
                 self.on(Event::Hung).await;
                 return;
@@ -259,7 +273,10 @@ impl Driver {
                 if waiting.is_empty() {
                     tracing::info!("configuration reloaded");
                 } else {
-                    self.warn(&format!("changed in the configuration, live only after a restart: {}", waiting.join(", ")));
+                    self.warn(&format!(
+                        "changed in the configuration, live only after a restart: {}",
+                        waiting.join(", ")
+                    ));
                 }
                 self.settings.send_replace(crate::link::ProxySettings::from(&live));
                 self.means.loaded.config = live;
