@@ -182,7 +182,7 @@ fn the_installed_parser_says_what_the_shipped_table_says_and_is_asked_once() {
     let folder = tempfile::tempdir().unwrap();
     let mut engine = Config::shipped().engine;
     engine.command = vec![python().to_str().unwrap().to_owned(), "-m".into(), "sglang.launch_server".into()];
-    let limit = Duration::from_secs(120);
+    let limit = Duration::from_mins(2);
     assert!(cached_table(&engine, folder.path()).is_none());
     let first = installed_table(&engine, folder.path(), limit).unwrap();
     assert_eq!((first.how, first.warning), (How::Asked, None));

@@ -20,7 +20,7 @@ use crate::engine::redact;
 use crate::engine::resolve::{Resolved, resolve};
 
 /// How long the installed engine's parser may take: imports of torch from a cold disk.
-const INSPECT_LIMIT: Duration = Duration::from_secs(120);
+const INSPECT_LIMIT: Duration = Duration::from_mins(2);
 
 #[derive(Debug, Args)]
 pub struct PlanArgs {

@@ -228,7 +228,7 @@ fn base_texts(
             let full = sources.cwd.join(&path);
             match source::read(&full, &source::shown(&full, &sources.cwd)) {
                 Ok(text) => texts.push((Some(full), text)),
-                Err(mistake) => mistakes.push(mistake),
+                Err(mistake) => mistakes.push(*mistake),
             }
         }
         return if mistakes.is_empty() { Ok(texts) } else { Err(ConfigError { mistakes }) };

@@ -7,6 +7,8 @@ pub mod env;
 pub mod flags;
 pub mod inspect;
 pub mod legacy;
+mod owned;
 pub mod redact;
 pub mod resolve;
+mod words;
 pub mod yaml;
