@@ -559,6 +559,18 @@ fn an_unwritable_place_means_the_built_in_configuration_and_a_warning() {
 }
 
 #[test]
+fn a_proxy_alone_needs_no_model_and_no_flags() {
+    let mut machine =
+        Machine::with("limits:\n  max: 3\n").env("APP_LOCAL_CONFIG_PATH", "nowhere.yaml").set("limits.queue=0");
+    machine.sources.needs = Needs::ProxyOnly;
+    let config = machine.config();
+    assert_eq!((config.limits.max, config.limits.queue, config.engine.flags.0.len()), (3, 0, 0));
+    machine.sources.needs = Needs::Engine;
+    machine.sources.env.remove(std::ffi::OsStr::new("APP_LOCAL_CONFIG_PATH"));
+    assert!(machine.refused().contains("no model is named"));
+}
+
+#[test]
 fn a_missing_python_or_sglang_is_named_with_the_way_out() {
     let machine = Machine::with(MODEL);
     let nowhere = ended(
