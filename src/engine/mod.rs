@@ -8,6 +8,8 @@ pub mod flags;
 pub mod inspect;
 pub mod legacy;
 pub mod log;
+mod owned;
 pub mod redact;
 pub mod resolve;
+mod words;
 pub mod yaml;
