@@ -4,4 +4,5 @@
 pub mod client;
 pub mod daemon;
 pub mod engine;
+pub mod front;
 pub mod hub;
