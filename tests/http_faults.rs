@@ -33,14 +33,25 @@ fn chunked(body: &str) -> String {
 
 #[test]
 fn a01_both_lengths_are_refused() {
-    for fields in ["Content-Length: 5\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nContent-Length: 5"] {
+    for fields in ["Content-Length: 5\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nContent-Length: 5"]
+    {
         refused(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\n0\r\n\r\n"), 400);
     }
 }
 
 #[test]
 fn a02_a_length_that_two_could_read_differently_is_refused() {
-    for value in ["+5", "0x5", " 5", "5 ", "5, 5", "5\r\nContent-Length: 6", "5\r\nContent-Length: 5", "18446744073709551616", ""] {
+    for value in [
+        "+5",
+        "0x5",
+        " 5",
+        "5 ",
+        "5, 5",
+        "5\r\nContent-Length: 6",
+        "5\r\nContent-Length: 5",
+        "18446744073709551616",
+        "",
+    ] {
         refused(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {value}\r\n\r\nhello"), 400);
     }
 }
@@ -153,7 +164,7 @@ fn a10_continue_is_said_only_after_admission() {
     let mut second = Client::connect(front.addr);
     second.send(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"));
     front.holds(1, 1);
-    assert_eq!(second.seen(), "");
+    assert!(second.is_quiet(Duration::from_millis(100)), "100 was said before there was a place");
     release.send(()).unwrap();
     assert_eq!(first.answer().status, 200);
     assert_eq!(second.answer().status, 100);

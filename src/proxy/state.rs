@@ -83,7 +83,7 @@ fn no_settings() -> ProxySettings {
         queue: 0,
         queue_timeout_ms: 0,
         hold_ms: 0,
-        max_body: 0,
+        max_body: u64::MAX, // nothing is read before there is a place
         keys_file: None,
         workers: 1,
     }

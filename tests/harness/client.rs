@@ -96,6 +96,30 @@ impl Client {
         self
     }
 
+    /// Writes until nothing more is taken.
+    pub fn send_what_fits(&mut self) {
+        self.stream.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+        let piece = vec![b'x'; 64 * 1024];
+        while self.stream.write(&piece).is_ok() {}
+    }
+
+    /// Reads until at least so many bytes are here.
+    pub fn bytes(&mut self, count: usize) -> &mut Self {
+        while self.unread.len() < count {
+            assert!(matches!(self.more(), More::Some), "the connection ended after {} bytes", self.unread.len());
+        }
+        self
+    }
+
+    /// Whether nothing comes for `wait`.
+    pub fn is_quiet(&mut self, wait: Duration) -> bool {
+        self.stream.set_read_timeout(Some(wait)).unwrap();
+        let mut buffer = [0; 1];
+        let read = self.stream.peek(&mut buffer);
+        self.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        read.is_err_and(|error| matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut))
+    }
+
     pub fn seen(&self) -> String {
         String::from_utf8_lossy(&self.unread).into_owned()
     }
