@@ -1,3 +1,4 @@
 //! What the engine is told and says.
 
+pub mod death;
 pub mod log;
