@@ -2,3 +2,4 @@
 
 pub mod death;
 pub mod log;
+pub mod progress;
