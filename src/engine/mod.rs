@@ -13,3 +13,6 @@ pub mod redact;
 pub mod resolve;
 mod words;
 pub mod yaml;
+pub mod death;
+pub mod log;
+pub mod progress;
