@@ -405,7 +405,7 @@ impl Daemon {
         }
         for file in files_below(&self.runtime_dir()) {
             // A lock file stays by design: removing one that another may hold makes two owners.
-            if file.extension().is_none_or(|e| e != "lock") {
+            if file.file_name().is_none_or(|name| name != "lock") {
                 let _ = writeln!(left, "  runtime file {}", file.display());
             }
         }
