@@ -286,7 +286,9 @@ impl Driver {
                     engine.ranks = named.iter().map(|(_, stat)| stat.clone()).collect();
                     self.ranks = named.into_iter().map(|(name, _)| name).collect();
                 }
+                self.loading.ready();
                 self.pulse.passed();
+                self.pulse.served = true;
             }
             _ => {}
         }
@@ -319,14 +321,14 @@ impl Driver {
     fn publish(&mut self) {
         let stuck = self.stuck.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         let half = self.half_view.borrow().clone();
-        let now = self.now();
+        let phase = self.loading.phase(&self.machine.state);
         let facts = Facts {
             machine: &self.machine,
             config: &self.means.loaded.config,
             config_files: &self.means.loaded.files,
-            phase: self.loading.phase(&self.machine.state),
+            phase: &phase,
             percent: self.loading.percent(&self.machine.state, self.weights.as_ref()),
-            eta_seconds: self.loading.eta_seconds(&self.machine, now),
+            eta_seconds: self.loading.eta_seconds(&self.machine.state),
             cause: self.cause.as_ref(),
             stuck: &stuck,
             engine: self.engine.as_ref(),
