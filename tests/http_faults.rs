@@ -118,7 +118,7 @@ fn a07_trailers_are_dropped() {
     let trailers = "Content-Length: 99\r\nAuthorization: Bearer x\r\nHost: evil\r\nConnection: close\r\n";
     assert_eq!(Client::ask(front.addr, chunked(&format!("2\r\n{{}}\r\n0\r\n{trailers}\r\n"))).status, 200);
     let text = engine.text(0).to_lowercase();
-    assert!(!text.contains("evil") && !text.contains("bearer") && !text.contains("99"), "{text}");
+    assert!(!text.contains("evil") && !text.contains("bearer") && !text.contains("content-length"), "{text}");
     assert!(text.ends_with("2\r\n{}\r\n0\r\n\r\n"), "{text}");
 }
 

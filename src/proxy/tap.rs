@@ -79,8 +79,8 @@ impl Default for Patience {
         Self {
             head: Duration::from_secs(10),
             idle: Duration::from_secs(75),
-            body: Duration::from_secs(60),
-            write: Duration::from_secs(60),
+            body: Duration::from_mins(1),
+            write: Duration::from_mins(1),
         }
     }
 }
@@ -224,8 +224,7 @@ impl Tap {
                 break;
             }
             match self.checker.step(&bytes[done..], out.remaining()) {
-                Step::More => break,
-                Step::Pass(0) => break,
+                Step::More | Step::Pass(0) => break,
                 Step::Pass(n) => {
                     out.put_slice(&bytes[done..done + n]);
                     done += n;

@@ -229,12 +229,11 @@ pub async fn exchange(
 ) -> Result<Answered, Failure> {
     let mut connection = pool.take(engine);
     loop {
-        let Connection { stream, history } = match connection.take() {
-            Some(connection) => connection,
-            None => {
-                counters.upstream_connects.fetch_add(1, Relaxed);
-                connect(engine).await.map_err(Failure::Unreachable)?
-            }
+        let Connection { stream, history } = if let Some(connection) = connection.take() {
+            connection
+        } else {
+            counters.upstream_connects.fetch_add(1, Relaxed);
+            connect(engine).await.map_err(Failure::Unreachable)?
         };
         match attempt(stream, method, head, body).await {
             Ok(answered) => return Ok(answered),
