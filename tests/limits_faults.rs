@@ -51,6 +51,8 @@ fn f01_beyond_max_requests_wait_and_pass_in_order() {
         release.send(()).unwrap();
         let answer = client.answer();
         assert_eq!((answer.status, answer.header("x-request-id")), (200, Some(format!("n{n}").as_str())));
+        let position = answer.header("x-sglangd-queue-position").map(str::to_owned);
+        assert_eq!(position, (n > 0).then(|| n.to_string()));
         eventually("the next one is admitted", || engine.requests() == (n + 2).min(4));
         let ids = engine.text(0);
         assert!(ids.rfind(&format!("n{}", (n + 1).min(3))).is_some(), "out of order: {ids}");

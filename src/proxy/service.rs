@@ -289,6 +289,9 @@ fn relay(peer: &Peer, route: &Route, answered: Answered, ticket: Ticket, upstrea
     *response.status_mut() = head.status;
     *response.headers_mut() = head.headers;
     let headers = response.headers_mut();
+    if let Some(ahead) = ticket.waited_behind() {
+        headers.insert("x-sglangd-queue-position", HeaderValue::from(ahead as u64 + 1));
+    }
     if sent == Sent::Partly {
         // What the client still sends belongs to a request that is over.
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
