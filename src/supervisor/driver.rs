@@ -47,6 +47,9 @@ const STEPS: usize = 16;
 /// How often the driver looks at everything by itself.
 const BEAT: Duration = Duration::from_secs(1);
 
+/// Stop signals closer together than this are one; nobody presses Ctrl-C twice so fast.
+const ONE_WISH: Duration = Duration::from_millis(100);
+
 /// What the driver's own tasks report.
 #[derive(Debug)]
 enum Report {
@@ -133,6 +136,7 @@ pub struct Driver {
     ranks: Vec<RankStatus>,
     warnings: Vec<String>,
     pulse: duty::PulseState,
+    stop_asked: Option<Instant>,
     exit: Option<u8>,
 }
 
@@ -218,6 +222,7 @@ impl Driver {
             ranks: Vec::new(),
             warnings,
             pulse: duty::PulseState::default(),
+            stop_asked: None,
             exit: None,
         };
         (driver, outlook)
@@ -296,7 +301,11 @@ impl Driver {
 
     async fn wished(&mut self, wish: Wish) {
         match wish {
+            // Terminals, `timeout` and container runtimes signal a process and its group: two signals
+            // so close are one wish.
+            Wish::Stop if self.stop_asked.is_some_and(|at| at.elapsed() < ONE_WISH) => {}
             Wish::Stop => {
+                self.stop_asked.get_or_insert_with(Instant::now);
                 if self.machine.stopping() {
                     tracing::warn!("asked again to stop: not waiting any longer");
                 } else {
