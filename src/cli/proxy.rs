@@ -75,14 +75,10 @@ fn run_linked(link: RawFd, listeners: &[RawFd]) -> anyhow::Result<Exit> {
 }
 
 fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
-<<<<<<< HEAD
-    let (settings, hold) = settings(&args.config)?;
-=======
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // Before anything can be connected to: a SIGTERM right after that must drain, not kill.
     let signals = runtime.block_on(async { Signals::new() })?;
-    let settings = settings(&args.config)?;
->>>>>>> proxy
+    let (settings, hold) = settings(&args.config)?;
     let (Some(listen), Some(upstream)) = (args.listen, args.upstream.as_deref()) else {
         bail!("--listen and --upstream are needed");
     };
@@ -92,12 +88,8 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let unguarded = settings.keys_file.is_none() && !address.ip().is_loopback();
     let mut proxy = Proxy::new(Timings::default(), Supervision::Alone);
     proxy.settings(settings).map_err(|error| Wrong(Exit::Config, error.to_string()))?;
-<<<<<<< HEAD
     proxy.engine(EngineView { hold_ms: hold.as_millis() as u64, ..ready(upstream) });
-=======
-    proxy.engine(ready(upstream));
     proxy.listen(vec![listener])?;
->>>>>>> proxy
     if unguarded {
         tracing::warn!(%address, "everybody who reaches this address may use the engine: set auth.keys_file");
     }
