@@ -384,6 +384,21 @@ async fn sigterm_while_the_children_import_orphans_them() {
 }
 
 #[tokio::test]
+async fn orphans_go_on_loading_and_the_detokenizer_never_leaves() {
+    let mut engine = Engine::start(&[], &[("SGLANG_SIM_IMPORT_SECONDS", "0.5")]);
+    eventually("two children import", || (engine.children().len() == 2).then_some(())).await;
+    engine.signal(Signal::SIGTERM);
+    engine.ended().await;
+    engine.child_titled("sglang::scheduler").await;
+    engine.says("Load weight end").await;
+    let only = eventually("the scheduler cannot report to anybody and leaves", || {
+        let left = engine.children();
+        (left.len() == 1).then_some(left)
+    });
+    assert!(only.await[0].1.starts_with("sglang::detokenizer"));
+}
+
+#[tokio::test]
 async fn sigkill_after_the_load_takes_the_children_along() {
     let mut engine = Engine::start(&["--tp-size", "2"], &[]);
     engine.ready().await;
@@ -616,7 +631,7 @@ async fn g24_what_killed_engines_leave_is_left_on_request() {
     let left = [
         format!("sem.mp-sim{pid}"),
         format!("sgl_shm_mq_{pid}_sim"),
-        format!("sglang_loads_{pid}_sim"),
+        format!("sglang_loads_{pid}_sim.shm"),
         format!("nccl-sim{pid}"),
     ];
     for name in left {

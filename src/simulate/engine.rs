@@ -7,6 +7,7 @@
 //! a drain without a time limit, and SIGKILL upon oneself as the normal way to crash.
 
 mod args;
+mod generate;
 mod http;
 mod knobs;
 mod life;
@@ -19,6 +20,7 @@ mod routes;
 mod scheduler;
 mod speech;
 mod strays;
+mod trouble;
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;

@@ -91,20 +91,20 @@ impl AskError {
 
 impl Server {
     pub fn new(args: &ProbeArgs) -> Result<Self, String> {
-        let place = match &args.url {
-            Some(url) => {
-                let url = if url.contains("://") { url.clone() } else { format!("http://{url}") };
-                reqwest::Url::parse(&url).map_err(|error| format!("--url {url}: {error}"))?;
-                let url = url.trim_end_matches('/');
-                Place::Url(url.strip_suffix("/v1").unwrap_or(url).to_owned())
-            }
-            None => Place::Daemon(Target::Unix(socket(&runtime_dir(&args.folders)))),
-        };
+        // On this machine a proxy of the environment has nothing to do with it.
         let mut client = reqwest::Client::builder().connect_timeout(Duration::from_secs(10));
-        if matches!(place, Place::Daemon(_)) {
-            // The daemon is on this machine: a proxy of the environment has nothing to do with it.
+        let place = if let Some(url) = &args.url {
+            let url = if url.contains("://") { url.clone() } else { format!("http://{url}") };
+            let parsed = reqwest::Url::parse(&url).map_err(|error| format!("--url {url}: {error}"))?;
+            if matches!(parsed.host_str(), Some("localhost" | "127.0.0.1" | "[::1]")) {
+                client = client.no_proxy();
+            }
+            let url = url.trim_end_matches('/');
+            Place::Url(url.strip_suffix("/v1").unwrap_or(url).to_owned())
+        } else {
             client = client.no_proxy();
-        }
+            Place::Daemon(Target::Unix(socket(&runtime_dir(&args.folders))))
+        };
         let key = args.key.clone().or_else(|| std::env::var("SGLANGD_API_KEY").ok()).filter(|key| !key.is_empty());
         Ok(Self {
             client: client.build().map_err(|error| format!("cannot make an HTTP client: {error}"))?,

@@ -46,7 +46,7 @@ pub fn litter() -> Vec<std::fs::File> {
     let files = [
         shm.join(format!("sem.mp-sim{pid}")),
         shm.join(format!("sgl_shm_mq_{pid}_sim")),
-        shm.join(format!("sglang_loads_{pid}_sim")),
+        shm.join(format!("sglang_loads_{pid}_sim.shm")),
         shm.join(format!("nccl-sim{pid}")),
         temp.join(format!("tmp{pid}sim")),
     ];
