@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -166,8 +167,8 @@ fn resolved(machine: &Machine) -> Result<sglangd::engine::resolve::Resolved, Str
 }
 
 fn with_flags(flags: &str) -> Machine {
-    let indented: String = flags.lines().map(|line| format!("    {line}\n")).collect();
-    Machine::with(&format!("{MODEL}engine:\n  flags:\n{indented}"))
+    let indented = flags.replace('\n', "\n    ");
+    Machine::with(&format!("{MODEL}engine:\n  flags:\n    {indented}\n"))
 }
 
 fn word(text: &str) -> YamlValue {
@@ -192,7 +193,7 @@ fn i01_a_text_that_is_no_yaml_is_shown_with_line_column_and_caret() {
     let mut all = String::new();
     for (name, bytes) in cases {
         let machine = Machine::new().file("config.yaml", bytes);
-        all.push_str(&format!("=== {name}\n{}", machine.refused()));
+        write!(all, "=== {name}\n{}", machine.refused()).unwrap();
         assert_eq!(machine.plan(&[]).code, 65, "{name}");
     }
     insta::assert_snapshot!(all);
@@ -373,7 +374,7 @@ fn i07_anchors_aliases_and_deep_nesting_are_refused_before_they_grow() {
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
     for n in 1..30 {
         let before = vec![format!("*a{}", n - 1); 10].join(", ");
-        bomb.push_str(&format!("a{n}: &a{n} [{before}]\n"));
+        writeln!(bomb, "a{n}: &a{n} [{before}]").unwrap();
     }
     let aliases = format!("a: &a x\nb: [{}]\n", vec!["*a"; 10_000].join(", "));
     for text in [bomb.as_str(), &aliases, "a: &a\n  b: *a\n", "a:\n  <<: {b: c}\n"] {
@@ -555,6 +556,18 @@ fn an_unwritable_place_means_the_built_in_configuration_and_a_warning() {
     assert_eq!(loaded.config, Config::shipped());
     assert!(loaded.files.is_empty());
     assert!(loaded.warnings[0].contains("/proc/nowhere/sglangd/config.yaml"), "{:?}", loaded.warnings);
+}
+
+#[test]
+fn a_proxy_alone_needs_no_model_and_no_flags() {
+    let mut machine =
+        Machine::with("limits:\n  max: 3\n").env("APP_LOCAL_CONFIG_PATH", "nowhere.yaml").set("limits.queue=0");
+    machine.sources.needs = Needs::ProxyOnly;
+    let config = machine.config();
+    assert_eq!((config.limits.max, config.limits.queue, config.engine.flags.0.len()), (3, 0, 0));
+    machine.sources.needs = Needs::Engine;
+    machine.sources.env.remove(std::ffi::OsStr::new("APP_LOCAL_CONFIG_PATH"));
+    assert!(machine.refused().contains("no model is named"));
 }
 
 #[test]

@@ -182,7 +182,7 @@ fn the_installed_parser_says_what_the_shipped_table_says_and_is_asked_once() {
     let folder = tempfile::tempdir().unwrap();
     let mut engine = Config::shipped().engine;
     engine.command = vec![python().to_str().unwrap().to_owned(), "-m".into(), "sglang.launch_server".into()];
-    let limit = Duration::from_secs(120);
+    let limit = Duration::from_mins(2);
     assert!(cached_table(&engine, folder.path()).is_none());
     let first = installed_table(&engine, folder.path(), limit).unwrap();
     assert_eq!((first.how, first.warning), (How::Asked, None));
@@ -217,4 +217,32 @@ fn the_installed_parser_says_what_the_shipped_table_says_and_is_asked_once() {
     let late = installed_table(&engine, other.path(), Duration::from_millis(50)).unwrap();
     assert_eq!(late.how, How::Bundled);
     assert!(late.warning.unwrap().contains("no answer within 50ms"));
+}
+
+#[test]
+#[ignore = "heavy: needs SGLANGD_TEST_VENV"]
+fn i05_plan_check_shows_the_engines_own_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = |more: &[&str]| {
+        let command = format!("engine.command=[{}, -m, sglang.launch_server]", python().display());
+        let output = Command::new(env!("CARGO_BIN_EXE_sglangd"))
+            .args(["plan", "--check", "--json", "--set", &command, "--state-dir"])
+            .arg(folder.path())
+            .args(more)
+            .env("HOME", folder.path())
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (output.status.code(), plan["check"].clone())
+    };
+    let (code, check) = plan(&[]);
+    assert_eq!((code, &check["answer"]), (Some(0), &json!("accepted")));
+    let settings = &check["settings"];
+    assert_eq!(settings["cuda_graph_max_bs_decode"], json!(32));
+    assert_eq!(settings["tp_size"], json!(8));
+    assert_eq!(settings["api_key"], json!("[redacted]"));
+    let (code, check) = plan(&["--set", "engine.unknown_flags=pass", "--", "--no-such-flag", "3"]);
+    assert_eq!((code, &check["answer"]), (Some(65), &json!("refused")));
+    assert_eq!(check["why"], json!("unrecognized arguments: --no-such-flag=3"));
 }

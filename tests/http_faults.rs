@@ -1,1 +1,412 @@
-//! (being written)
+//! Group A: HTTP/1 parsing and smuggling, byte for byte against an engine that records what arrives.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use sglangd::proxy::{Patience, Timings};
+
+use crate::harness::client::{Client, End, get, head, post, post_with};
+use crate::harness::engine::{Engine, json};
+use crate::harness::front::{Front, eventually, settings};
+
+const CHAT: &str = "/v1/chat/completions";
+
+/// The request is answered with `status` in JSON, the connection ends, nothing reaches the engine.
+#[track_caller]
+fn refused(request: impl AsRef<[u8]>, status: u16) {
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::of(&engine);
+    let shown = String::from_utf8_lossy(request.as_ref()).chars().take(200).collect::<String>();
+    let mut client = Client::connect(front.addr);
+    let answer = client.send(request).answer();
+    assert_eq!(answer.status, status, "{shown:?} → {}", answer.text());
+    assert!(answer.json()["error"]["message"].is_string(), "{shown:?}");
+    assert_eq!(answer.header("connection"), Some("close"), "{shown:?}");
+    assert_eq!(client.closes(), End::Broken, "{shown:?}");
+    assert_eq!(engine.connections(), 0, "{shown:?} reached the engine");
+}
+
+fn chunked(body: &str) -> String {
+    format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{body}")
+}
+
+#[test]
+fn a01_both_lengths_are_refused() {
+    for fields in ["Content-Length: 5\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nContent-Length: 5"]
+    {
+        refused(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\n0\r\n\r\n"), 400);
+    }
+}
+
+#[test]
+fn a02_a_length_that_two_could_read_differently_is_refused() {
+    for value in [
+        "+5",
+        "0x5",
+        " 5",
+        "5 ",
+        "5, 5",
+        "5\r\nContent-Length: 6",
+        "5\r\nContent-Length: 5",
+        "18446744073709551616",
+        "",
+    ] {
+        refused(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {value}\r\n\r\nhello"), 400);
+    }
+}
+
+#[test]
+fn a03_an_unknown_or_malformed_coding_is_refused() {
+    for (line, status) in [
+        ("Transfer-Encoding: xchunked", 501),
+        ("Transfer-Encoding: gzip, chunked", 501),
+        ("Transfer-Encoding: chunked, identity", 400),
+        ("Transfer-Encoding: chunked, chunked", 400),
+        ("Transfer-Encoding: chunked\x0b", 400),
+        ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", 400),
+        ("Transfer-Encoding:\tchunked", 400),
+        ("Transfer-Encoding : chunked", 400),
+    ] {
+        refused(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\n{line}\r\n\r\n0\r\n\r\n"), status);
+    }
+}
+
+#[test]
+fn a04_a_coding_on_http_10_is_refused() {
+    refused(format!("POST {CHAT} HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"), 400);
+}
+
+#[test]
+fn a05_an_http_10_body_without_length_is_refused() {
+    refused(format!("POST {CHAT} HTTP/1.0\r\nHost: a\r\n\r\nhello"), 411);
+}
+
+#[test]
+fn a06_malformed_chunks_end_the_request() {
+    let engine = Engine::start(|connection| {
+        connection.head();
+        connection.until_closed();
+    });
+    let front = Front::of(&engine);
+    for body in [
+        "FFFFFFFFFFFFFFFF0\r\n".to_owned(),
+        "-1\r\n".to_owned(),
+        "5\nhello\r\n0\r\n\r\n".to_owned(),
+        "5;a\rb\r\nhello\r\n0\r\n\r\n".to_owned(),
+        format!("5;{}\r\nhello\r\n0\r\n\r\n", "x".repeat(64 * 1024)),
+        "5\r\nhelloX\r\n".to_owned(),
+        "5\r\nhello\r\n0\r\nA: b\nC: d\r\n\r\n".to_owned(),
+    ] {
+        let mut client = Client::connect(front.addr);
+        let answer = client.send(chunked(&body)).answer();
+        assert_eq!(answer.status, 400, "{:?}", &body[..body.len().min(40)]);
+        assert_eq!(answer.header("connection"), Some("close"));
+        assert_eq!(client.closes(), End::Broken);
+    }
+    front.holds(0, 0);
+    eventually("the engine's connections are closed", || engine.closed() == engine.connections());
+    for n in 0..engine.connections() {
+        assert!(!engine.text(n).contains("\r\n0\r\n"), "a broken body looks complete: {:?}", engine.text(n));
+    }
+}
+
+#[test]
+fn a07_trailers_are_dropped() {
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::of(&engine);
+    let trailers = "Content-Length: 99\r\nAuthorization: Bearer x\r\nHost: evil\r\nConnection: close\r\n";
+    assert_eq!(Client::ask(front.addr, chunked(&format!("2\r\n{{}}\r\n0\r\n{trailers}\r\n"))).status, 200);
+    let text = engine.text(0).to_lowercase();
+    assert!(!text.contains("evil") && !text.contains("bearer") && !text.contains("99"), "{text}");
+    assert!(text.ends_with("2\r\n{}\r\n0\r\n\r\n"), "{text}");
+}
+
+#[test]
+fn a08_odd_line_ends_and_control_characters_are_refused() {
+    refused(format!("POST {CHAT} HTTP/1.1\nHost: a\nContent-Length: 0\n\n"), 400);
+    refused(format!("POST {CHAT} HTTP/1.1\r\nHost: a\nContent-Length: 0\r\n\r\n"), 400);
+    refused(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nX: a\rb\r\n\r\n"), 400);
+    refused(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nX: a\0b\r\n\r\n"), 400);
+    refused(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nX: a\r\n folded\r\n\r\n"), 400);
+}
+
+#[test]
+fn a09_an_upgrade_is_never_tunnelled_unasked() {
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::of(&engine);
+    let upgrade = post_with(CHAT, "Connection: upgrade\r\nUpgrade: foo\r\n", "{}");
+    let mut client = Client::connect(front.addr);
+    client.send(format!("{upgrade}{}", get("/server_info")));
+    assert_eq!(client.answer().status, 200);
+    assert_eq!(client.answer().status, 403, "the second request was tunnelled");
+    assert!(!engine.text(0).to_lowercase().contains("upgrade"));
+
+    let engine = Engine::answering("HTTP/1.1 101 Switching Protocols\r\nUpgrade: foo\r\nConnection: upgrade\r\n\r\n");
+    let front = Front::of(&engine);
+    assert_eq!(Client::ask(front.addr, &upgrade).status, 502);
+}
+
+#[test]
+fn a10_continue_is_said_only_after_admission() {
+    let (release, gate) = std::sync::mpsc::channel::<()>();
+    let gate = std::sync::Mutex::new(gate);
+    let engine = Engine::start(move |connection| {
+        while connection.request().is_some() {
+            gate.lock().unwrap().recv().unwrap();
+            connection.send(json("200 OK", "{}"));
+        }
+    });
+    let front = Front::with(&engine, sglangd::link::ProxySettings { max: 1, ..settings() }, Timings::default());
+    let mut first = Client::connect(front.addr);
+    first.send(post(CHAT, "{}"));
+    front.holds(1, 0);
+    let mut second = Client::connect(front.addr);
+    second.send(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"));
+    front.holds(1, 1);
+    assert!(second.is_quiet(Duration::from_millis(100)), "100 was said before there was a place");
+    release.send(()).unwrap();
+    assert_eq!(first.answer().status, 200);
+    assert_eq!(second.answer().status, 100);
+    release.send(()).unwrap();
+    assert_eq!(second.send("{}").answer().status, 200);
+    refused(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nExpect: 200-maybe\r\nContent-Length: 2\r\n\r\n"), 417);
+}
+
+#[test]
+fn a10_an_early_answer_closes_and_leaves_no_body_in_the_pipe() {
+    let engine = Engine::start(|connection| {
+        connection.head();
+        connection.send(json("417 Expectation Failed", "{}"));
+        connection.until_closed();
+    });
+    let front = Front::of(&engine);
+    let mut client = Client::connect(front.addr);
+    client.send(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 1000\r\n\r\n"));
+    let mut answer = client.answer();
+    if answer.status == 100 {
+        answer = client.answer();
+    }
+    assert_eq!((answer.status, answer.header("connection")), (417, Some("close")));
+    assert_eq!(client.closes(), End::Broken);
+}
+
+#[test]
+fn a11_a_connection_with_an_unread_body_carries_no_second_request() {
+    let engine = Engine::start(|connection| {
+        connection.head();
+        connection.send(json("400 Bad Request", "{}"));
+        connection.until_closed();
+    });
+    let front = Front::of(&engine);
+    for n in 1..=2 {
+        let mut client = Client::connect(front.addr);
+        client.send(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: 500000\r\n\r\n{}", "x".repeat(1000)));
+        let answer = client.answer();
+        assert_eq!((answer.status, answer.header("connection")), (400, Some("close")));
+        assert_eq!(client.send(get("/v1/models")).closes(), End::Broken);
+        assert_eq!((engine.connections(), engine.requests()), (n, n), "a used connection was taken again");
+    }
+}
+
+#[test]
+fn a12_hosts_that_disagree_are_refused() {
+    for (target, hosts) in [
+        ("http://b/v1/models", "Host: a\r\n"),
+        ("/v1/models", "Host: a\r\nHost: a\r\n"),
+        ("/v1/models", ""),
+        ("/v1/models", "Host: u@a\r\n"),
+        ("/v1/models", "Host: a/b\r\n"),
+        ("/v1/models", "Host: \r\n"),
+    ] {
+        refused(head(&format!("GET {target} HTTP/1.1"), hosts), 400);
+    }
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::of(&engine);
+    assert_eq!(Client::ask(front.addr, head("GET http://a/v1/models HTTP/1.1", "Host: a\r\n")).status, 200);
+    assert!(engine.text(0).starts_with("GET /v1/models HTTP/1.1\r\n"));
+}
+
+#[test]
+fn a13_bodies_where_none_belong() {
+    let engine = Engine::answering("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello");
+    let front = Front::of(&engine);
+    let mut client = Client::connect(front.addr);
+    client.send(head("HEAD /v1/models HTTP/1.1", "Host: a\r\n"));
+    let answer = client.answer_to("HEAD");
+    assert_eq!((answer.status, answer.header("content-length")), (200, Some("5")));
+    // The body that HEAD must not have would be the next answer's beginning.
+    assert_eq!(client.send(get("/v1/models")).answer().text(), "hello");
+    assert_eq!(engine.connections(), 2, "a connection with a stray body was used again");
+
+    let engine = Engine::answering("HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\nhello");
+    let front = Front::of(&engine);
+    let answer = Client::ask(front.addr, post(CHAT, "{}"));
+    assert_eq!((answer.status, answer.header("content-length"), answer.body.len()), (204, None, 0));
+
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::of(&engine);
+    let request = "GET /v1/models HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody";
+    assert_eq!(Client::ask(front.addr, request).status, 200);
+    assert!(engine.text(0).ends_with("\r\n\r\nbody") && engine.text(0).contains("content-length: 4\r\n"));
+}
+
+#[test]
+fn a14_an_ambiguous_path_is_refused() {
+    for path in [
+        "/v1/../flush_cache",
+        "/v1/%2e%2e/flush_cache",
+        "//v1/models",
+        "/v1%2Fmodels",
+        "/v1/chat/completions;x",
+        "/v1/models/%00",
+        "/%66lush_cache",
+    ] {
+        refused(get(path), 400);
+    }
+    refused(b"GET /v1/models/\xff HTTP/1.1\r\nHost: a\r\n\r\n", 400);
+    refused(b"GET /v1/models/\0 HTTP/1.1\r\nHost: a\r\n\r\n", 400);
+}
+
+#[test]
+fn a15_a_client_cannot_have_security_headers_stripped() {
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::of(&engine);
+    let fields = "Connection: authorization, x-api-key, x-kept, keep-alive\r\nAuthorization: Bearer k\r\nX-Api-Key: k\r\n\
+                  X-Kept: 1\r\nKeep-Alive: 5\r\nTE: trailers\r\nProxy-Connection: x\r\n";
+    assert_eq!(Client::ask(front.addr, post_with(CHAT, fields, "{}")).status, 200);
+    let text = engine.text(0);
+    for kept in ["authorization: Bearer k\r\n", "x-api-key: k\r\n", "x-kept: 1\r\n"] {
+        assert!(text.contains(kept), "{kept:?} was stripped: {text}");
+    }
+    for gone in ["keep-alive", "te:", "proxy-connection", "connection:"] {
+        assert!(!text.contains(&format!("\r\n{gone}")), "{gone} was passed on: {text}");
+    }
+}
+
+#[test]
+fn a16_a_client_cannot_say_where_it_comes_from_or_who_it_is_to_the_log() {
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::of(&engine);
+    let long = "x".repeat(4000);
+    let fields = format!("X-Forwarded-For: 1.2.3.4\r\nForwarded: for=1.2.3.4\r\nX-Request-Id: {long}\r\n");
+    let answer = Client::ask(front.addr, post_with(CHAT, &fields, "{}"));
+    let text = engine.text(0);
+    assert!(!text.contains("1.2.3.4") && !text.contains(&long));
+    assert!(text.contains("x-forwarded-for: 127.0.0.1\r\n"));
+    let id = answer.header("x-request-id").unwrap();
+    assert!(id.len() == 32 && text.contains(&format!("x-request-id: {id}\r\n")));
+    let answer = Client::ask(front.addr, post_with(CHAT, "X-Request-Id: my-1.a_b\r\n", "{}"));
+    assert_eq!(answer.header("x-request-id"), Some("my-1.a_b"));
+}
+
+#[test]
+fn a17_heads_that_are_too_large_are_refused() {
+    refused(head("GET /v1/models HTTP/1.1", &format!("Host: a\r\n{}", "X: y\r\n".repeat(100))), 431);
+    refused(head("GET /v1/models HTTP/1.1", &format!("Host: a\r\nX: {}\r\n", "y".repeat(64 * 1024))), 431);
+    refused(head(&format!("GET /v1/models/{} HTTP/1.1", "y".repeat(8 * 1024)), "Host: a\r\n"), 414);
+}
+
+#[test]
+fn a17_a_head_just_within_the_limits_passes() {
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::of(&engine);
+    let many = head("GET /v1/models HTTP/1.1", &format!("Host: a\r\n{}", "X: y\r\n".repeat(99)));
+    assert_eq!(Client::ask(front.addr, many).status, 200);
+    let large = head("GET /v1/models HTTP/1.1", &format!("Host: a\r\nX: {}\r\n", "y".repeat(60 * 1024)));
+    assert_eq!(Client::ask(front.addr, large).status, 200);
+}
+
+#[test]
+fn a18_pipelined_requests_are_answered_in_order_one_at_a_time() {
+    let most = Arc::new(AtomicUsize::new(0));
+    let count = Arc::new(AtomicUsize::new(0));
+    let (peak, number) = (Arc::clone(&most), Arc::clone(&count));
+    let open = Arc::new(AtomicUsize::new(0));
+    let engine = Engine::start(move |connection| {
+        while connection.request().is_some() {
+            peak.fetch_max(open.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            let n = number.fetch_add(1, Ordering::SeqCst);
+            open.fetch_sub(1, Ordering::SeqCst);
+            connection.send(json("200 OK", &n.to_string()));
+        }
+    });
+    let front = Front::of(&engine);
+    let mut client = Client::connect(front.addr);
+    client.send(post(CHAT, "{}").repeat(300));
+    for n in 0..300 {
+        assert_eq!(client.answer().text(), n.to_string());
+    }
+    assert_eq!(most.load(Ordering::SeqCst), 1);
+}
+
+fn impatient() -> Timings {
+    let soon = Duration::from_millis(150);
+    Timings { client: Patience { head: soon, idle: soon, body: soon, write: soon }, ..Timings::default() }
+}
+
+#[test]
+fn a19_a_slow_head_is_answered_408() {
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::with(&engine, settings(), impatient());
+    let mut client = Client::connect(front.addr);
+    let answer = client.send("GET /v1/models HTTP/1.1\r\nHost: ").answer();
+    assert_eq!(answer.status, 408);
+    assert_eq!(client.closes(), End::Broken);
+    // Idle between two requests is no fault: the connection just ends.
+    assert_eq!(Client::connect(front.addr).closes(), End::Broken);
+}
+
+#[test]
+fn a19_a_slow_body_is_answered_408_and_its_place_freed() {
+    let engine = Engine::start(|connection| {
+        connection.head();
+        connection.until_closed();
+    });
+    let front = Front::with(&engine, settings(), impatient());
+    let mut client = Client::connect(front.addr);
+    client.send(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nhel"));
+    assert_eq!(client.answer().status, 408);
+    front.holds(0, 0);
+    eventually("the engine's connection is closed", || engine.closed() == 1);
+}
+
+#[test]
+fn a19_a_reader_that_stalls_is_cut_and_holds_little() {
+    let sent = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&sent);
+    let engine = Engine::start(move |connection| {
+        connection.request();
+        connection.send("HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n");
+        let piece = vec![b'x'; 64 * 1024];
+        while !connection.is_broken() {
+            connection.send(&piece);
+            counter.fetch_add(piece.len(), Ordering::SeqCst);
+        }
+    });
+    let front = Front::with(&engine, settings(), impatient());
+    let mut client = Client::connect(front.addr);
+    client.send(post(CHAT, "{}"));
+    eventually("the reader is cut", || front.proxy.traffic().served == 0 && engine.broken() == 1);
+    front.holds(0, 0);
+    // Two pairs of socket buffers, and nothing that grows.
+    assert!(sent.load(Ordering::SeqCst) < 64 << 20, "{} bytes were taken", sent.load(Ordering::SeqCst));
+}
+
+#[test]
+fn a20_methods_that_do_not_belong_are_refused() {
+    for (line, status) in [
+        ("CONNECT a:80 HTTP/1.1", 405),
+        ("TRACE /v1/models HTTP/1.1", 405),
+        ("get /v1/models HTTP/1.1", 405),
+        ("PRI * HTTP/2.0", 400),
+        ("GET  /v1/models HTTP/1.1", 400),
+    ] {
+        refused(head(line, "Host: a\r\n"), status);
+    }
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::of(&engine);
+    let answer = Client::ask(front.addr, head("DELETE /v1/models HTTP/1.1", "Host: a\r\n"));
+    assert_eq!((answer.status, answer.header("allow")), (405, Some("get, head")));
+    assert_eq!(engine.connections(), 0);
+}

@@ -15,12 +15,12 @@ use crate::config::units::show_duration;
 use crate::config::{Color, Config, Loaded, ModelSource, Origin, WhenMissing, load};
 use crate::engine::argv::{LaunchSpec, Placement, env_changes, launch_spec, shown};
 use crate::engine::env;
-use crate::engine::inspect::{How, TableSource, installed_table};
+use crate::engine::inspect::{Answer, How, TableSource, check, installed_table};
 use crate::engine::redact;
 use crate::engine::resolve::{Resolved, resolve};
 
 /// How long the installed engine's parser may take: imports of torch from a cold disk.
-pub(super) const INSPECT_LIMIT: Duration = Duration::from_secs(120);
+pub(super) const INSPECT_LIMIT: Duration = Duration::from_mins(2);
 
 #[derive(Debug, Args)]
 pub struct PlanArgs {
@@ -37,6 +37,9 @@ pub struct PlanArgs {
     /// One JSON object.
     #[arg(long)]
     pub json: bool,
+    /// Ask the installed engine's own parser what it makes of the result (20 s, no GPU).
+    #[arg(long)]
+    pub check: bool,
     /// Ask the installed engine for its flags and keep the answer; `serve` runs this.
     #[arg(long, hide = true)]
     pub inspect: bool,
@@ -60,6 +63,34 @@ struct Plan {
     values: Vec<Origin>,
     warnings: Vec<String>,
     notices: Vec<String>,
+    /// What the engine's own parser answered; only with `--check`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    check: Option<CheckView>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+enum CheckView {
+    Accepted { settings: serde_json::Map<String, serde_json::Value> },
+    Refused { why: String },
+    NotAsked { why: String },
+}
+
+impl From<Answer> for CheckView {
+    fn from(answer: Answer) -> Self {
+        match answer {
+            Answer::Accepted(mut settings) => {
+                for (name, value) in &mut settings {
+                    if redact::is_secret_name(name) {
+                        *value = redact::MASK.into();
+                    }
+                }
+                Self::Accepted { settings }
+            }
+            Answer::Refused(why) => Self::Refused { why: redact::text(&why) },
+            Answer::NotAsked(why) => Self::NotAsked { why: redact::text(&why) },
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -133,7 +164,16 @@ pub fn run(args: PlanArgs) -> Exit {
             return Exit::Config;
         }
     };
-    let plan = plan(&loaded, &source, &resolved, &folders, &sources.env);
+    let (mut plan, spec) = plan(&loaded, &source, &resolved, &folders, &sources.env);
+    let mut exit = Exit::Ok;
+    if args.check {
+        let words = &spec.argv[loaded.config.engine.command.len()..];
+        let answer = check(&loaded.config.engine, words, &spec.yaml, INSPECT_LIMIT);
+        if matches!(answer, Ok(Answer::Refused(_)) | Err(_)) {
+            exit = Exit::Config;
+        }
+        plan.check = Some(answer.map_or_else(|error| CheckView::Refused { why: error.to_string() }, CheckView::from));
+    }
     if args.json {
         // A closed pipe is the reader's choice.
         let _ = serde_json::to_writer_pretty(std::io::stdout().lock(), &plan);
@@ -141,7 +181,10 @@ pub fn run(args: PlanArgs) -> Exit {
     } else {
         print!("{}", text(&plan));
     }
-    Exit::Ok
+    if let Some(CheckView::Refused { why }) = &plan.check {
+        eprintln!("sglangd: the engine's parser refuses this: {why}");
+    }
+    exit
 }
 
 /// One line for the supervisor that ran this.
@@ -162,7 +205,13 @@ fn inspected(source: &TableSource) -> Exit {
 const PORT: &str = "PORT";
 const PER_START: &str = "(new at each start)";
 
-fn plan(loaded: &Loaded, source: &TableSource, resolved: &Resolved, folders: &Folders, own: &env::Env) -> Plan {
+fn plan(
+    loaded: &Loaded,
+    source: &TableSource,
+    resolved: &Resolved,
+    folders: &Folders,
+    own: &env::Env,
+) -> (Plan, LaunchSpec) {
     let config = &loaded.config;
     let fetch = fetch_view(config, resolved);
     let (repo, revision, path) = match &config.model.source {
@@ -181,7 +230,8 @@ fn plan(loaded: &Loaded, source: &TableSource, resolved: &Resolved, folders: &Fo
             .iter()
             .map(|extra| (extra.flag.clone(), snapshot(&extra.repo, &extra.revision)))
             .collect(),
-        port: 0,
+        // Shown as PORT; a number that the engine's parser takes.
+        port: 30_000,
         yaml_path: folders.engine_yaml(),
         tmpdir: PathBuf::from(PER_START),
         cache_dir: folders.engine_cache(),
@@ -195,7 +245,7 @@ fn plan(loaded: &Loaded, source: &TableSource, resolved: &Resolved, folders: &Fo
     warnings.extend(source.warning.clone());
     warnings.extend(resolved.warnings.iter().cloned());
     warnings.extend(env::warnings(config));
-    Plan {
+    let plan = Plan {
         version: env!("CARGO_PKG_VERSION"),
         config_files: loaded.files.clone(),
         model: ModelView { name: config.model.name.clone(), repo, revision, path },
@@ -217,7 +267,9 @@ fn plan(loaded: &Loaded, source: &TableSource, resolved: &Resolved, folders: &Fo
         values: loaded.origins.clone(),
         warnings: warnings.iter().map(|warning| redact::text(warning)).collect(),
         notices: loaded.notices.clone(),
-    }
+        check: None,
+    };
+    (plan, spec)
 }
 
 fn engine_view(spec: &LaunchSpec, source: &TableSource, folders: &Folders, own: &env::Env) -> EngineView {
@@ -295,6 +347,16 @@ fn write_text(plan: &Plan, out: &mut String) -> std::fmt::Result {
     }
     if !plan.engine.env_removed.is_empty() {
         writeln!(out, "  without {}", plan.engine.env_removed.join(", "))?;
+    }
+    match &plan.check {
+        Some(CheckView::Accepted { settings }) => {
+            writeln!(out, "\nThe engine's own parser takes it, and differs from its defaults in:")?;
+            for (name, value) in settings {
+                writeln!(out, "  {name} = {value}")?;
+            }
+        }
+        Some(CheckView::NotAsked { why }) => writeln!(out, "\nThe engine's own parser was not asked: {why}")?,
+        Some(CheckView::Refused { .. }) | None => {}
     }
     writeln!(out, "\nWho said what:")?;
     for value in &plan.values {

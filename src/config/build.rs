@@ -10,6 +10,7 @@ use super::error::Mistake;
 use super::keys::{self, KEYS, Shape};
 use super::layers::{Layers, Said};
 use super::source::{self, Place, SourceKind};
+use super::values::{endpoint, model_name, repo, whole};
 use super::{
     Auth, Config, Download, Engine, Flags, Health, Limits, Listen, LogFormat, Model, ModelSource, Observe, OnGiveUp,
     Restart, Shutdown, Start, UnknownFlags, Weights, units,
@@ -30,8 +31,8 @@ pub struct Bases {
 }
 
 pub struct Builder<'a> {
-    layers: &'a Layers,
-    bases: &'a Bases,
+    pub(super) layers: &'a Layers,
+    pub(super) bases: &'a Bases,
     pub mistakes: Vec<Mistake>,
     pub warnings: Vec<String>,
 }
@@ -110,7 +111,7 @@ impl<'a> Builder<'a> {
         self.layers.said.get(path).and_then(|said| said.last())
     }
 
-    fn value_place(&self, path: &str) -> Option<Place> {
+    pub(super) fn value_place(&self, path: &str) -> Option<Place> {
         self.last(path).map(|said| said.node.place().clone())
     }
 
@@ -153,7 +154,10 @@ impl<'a> Builder<'a> {
             }
         }
         let default = keys::find(path).and_then(|key| key.default).unwrap_or_default();
-        parse(default).ok().expect("the defaults parse: a test builds them")
+        match parse(default) {
+            Ok(value) => value,
+            Err(expected) => unreachable!("the default of {path} is not {expected}: a test builds them all"),
+        }
     }
 
     fn optional<T>(&mut self, path: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
@@ -256,7 +260,7 @@ impl<'a> Builder<'a> {
         for item in items {
             match item {
                 Node::Scalar { text, style, .. } if !text.is_empty() || *style == Style::Quoted => {
-                    words.push(text.clone())
+                    words.push(text.clone());
                 }
                 other => self.mistakes.push(
                     Mistake::new(format!("`{path}` has {} in its list", other.describe()), format!("write {}", key.is))
@@ -357,82 +361,6 @@ impl<'a> Builder<'a> {
     fn repo(&mut self, revision: String) -> Option<ModelSource> {
         self.optional("model.repo", repo).map(|repo| ModelSource::Repo { repo, revision })
     }
-
-    // ------------------------------------------------------------------ values against each other
-
-    fn cross_check(&mut self, config: &Config) {
-        let (public, admin) = (config.listen.public, config.listen.admin);
-        let overlap = public.ip() == admin.ip() || public.ip().is_unspecified() || admin.ip().is_unspecified();
-        if public.port() == admin.port() && public.port() != 0 && overlap {
-            let mut mistake = Mistake::new(
-                format!("`listen.public` ({public}) and `listen.admin` ({admin}) are the same port"),
-                "give one of them another port (the defaults are 8000 and 8001)",
-            );
-            let places = (self.value_place("listen.public"), self.value_place("listen.admin"));
-            match places {
-                (Some(public), Some(admin)) => {
-                    mistake = mistake.at(&admin, "this port").also(&public, "is taken by this")
-                }
-                (Some(place), None) | (None, Some(place)) => mistake = mistake.at(&place, "this port"),
-                (None, None) => {}
-            }
-            self.mistakes.push(mistake);
-        }
-        let mut warn = |text: String| self.warnings.push(text);
-        if config.limits.target > config.limits.max {
-            warn(format!(
-                "limits.target {} is above limits.max {}: the scaling signal can never reach it",
-                config.limits.target, config.limits.max
-            ));
-        }
-        if config.start.stall > config.start.limit {
-            warn("start.stall is longer than start.limit: a stalled start ends at the limit".to_owned());
-        }
-        if config.health.probe_interval < Duration::from_secs(30) {
-            warn("health.probe_interval is below 30s: each probe is a request to the scheduler".to_owned());
-        }
-        if config.health.probe_timeout < Duration::from_secs(21) {
-            warn("health.probe_timeout is below 21s: the engine itself answers 503 only after 20s".to_owned());
-        }
-        if config.restart.backoff > config.restart.backoff_max {
-            let mut mistake = Mistake::new(
-                "`restart.backoff` is longer than `restart.backoff_max`",
-                "the first wait doubles up to the longest: make the longest longer",
-            );
-            if let Some(place) = self.value_place("restart.backoff").or(self.value_place("restart.backoff_max")) {
-                mistake = mistake.at(&place, "here");
-            }
-            self.mistakes.push(mistake);
-        }
-        self.devices(config);
-    }
-
-    /// `tp` 8 with four visible GPUs cannot start; the engine would say so after a minute.
-    fn devices(&mut self, config: &Config) {
-        let said = config.engine.env.get("CUDA_VISIBLE_DEVICES").or(self.bases.visible_devices.as_ref());
-        let one_node = !config.engine.flags.0.iter().any(|flag| flag.name == "nnodes");
-        let Some(devices) = said.filter(|_| one_node) else { return };
-        let visible =
-            devices.split(',').map(str::trim).take_while(|device| !device.starts_with('-')).filter(|d| !d.is_empty());
-        let visible = visible.count();
-        // None at all: an engine on a CPU.
-        if visible == 0 || visible >= config.engine.tp as usize {
-            return;
-        }
-        let mut mistake = Mistake::new(
-            format!("`engine.tp` is {} but CUDA_VISIBLE_DEVICES names {visible} GPUs ({devices})", config.engine.tp),
-            "name as many GPUs as `engine.tp`, or lower `engine.tp`",
-        );
-        if let Some(place) = self.value_place("engine.tp") {
-            mistake = mistake.at(&place, "more than there are");
-        }
-        if let Some(said) = self.layers.env.get("CUDA_VISIBLE_DEVICES").and_then(|said| said.last()) {
-            let place = said.node.place();
-            mistake =
-                if mistake.place.is_some() { mistake.also(place, "the GPUs") } else { mistake.at(place, "the GPUs") };
-        }
-        self.mistakes.push(mistake);
-    }
 }
 
 /// All keys with no default or that are merged name by name are absent from this list on purpose.
@@ -440,43 +368,4 @@ pub fn scalar_defaults() -> impl Iterator<Item = (&'static str, &'static str)> {
     KEYS.iter()
         .filter(|key| matches!(key.shape, Shape::Scalar | Shape::Words))
         .map(|key| (key.path, key.default.unwrap_or("not set")))
-}
-
-fn whole(text: &str, min: u64, max: u64) -> Result<u64, String> {
-    let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-    // `012` is ten in one YAML version and twelve in another: neither is guessed.
-    let plain = digits && (text == "0" || !text.starts_with('0'));
-    match text.parse::<u64>() {
-        Ok(n) if plain && (min..=max).contains(&n) => Ok(n),
-        _ => Err(format!("a whole number from {min} to {max}")),
-    }
-}
-
-fn model_name(text: &str) -> Result<String, String> {
-    let fine = !text.is_empty() && !text.contains(':') && !text.starts_with('-') && !text.contains(char::is_control);
-    if fine { Ok(text.to_owned()) } else { Err("a name without `:` (SGLang keeps that for adapters)".to_owned()) }
-}
-
-fn repo(text: &str) -> Result<String, String> {
-    let part = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with(['-', '.'])
-            && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
-    };
-    let parts: Vec<&str> = text.split('/').collect();
-    if (1..=2).contains(&parts.len()) && parts.iter().all(|p| part(p)) {
-        Ok(text.to_owned())
-    } else {
-        Err("ORGANISATION/NAME (a local folder is `model.path`)".to_owned())
-    }
-}
-
-fn endpoint(text: &str) -> Result<String, String> {
-    let host = text.strip_prefix("https://").or(text.strip_prefix("http://"));
-    match host {
-        Some(host) if !host.is_empty() && !host.contains(char::is_whitespace) => {
-            Ok(text.trim_end_matches('/').to_owned())
-        }
-        _ => Err("an address: https://HOST".to_owned()),
-    }
 }

@@ -92,16 +92,16 @@ impl Reader<'_> {
             let place = self.span_place(Some(&span));
             let owned = match event {
                 Event::Scalar(text, style, anchor, tag) => {
-                    self.plain_node(anchor, tag.is_some(), &place)?;
+                    plain_node(anchor, tag.is_some(), &place)?;
                     let style = if style == ScalarStyle::Plain { Style::Plain } else { Style::Quoted };
                     OwnedEvent::Scalar(text.into_owned(), style)
                 }
                 Event::SequenceStart(_, anchor, tag) => {
-                    self.plain_node(anchor, tag.is_some(), &place)?;
+                    plain_node(anchor, tag.is_some(), &place)?;
                     OwnedEvent::ListStart
                 }
                 Event::MappingStart(_, anchor, tag) => {
-                    self.plain_node(anchor, tag.is_some(), &place)?;
+                    plain_node(anchor, tag.is_some(), &place)?;
                     OwnedEvent::MapStart
                 }
                 Event::SequenceEnd | Event::MappingEnd => OwnedEvent::CollectionEnd,
@@ -112,20 +112,6 @@ impl Reader<'_> {
             };
             return Ok((owned, place));
         }
-    }
-
-    /// Refuses what a configuration does not need.
-    fn plain_node(&self, anchor: usize, tagged: bool, place: &Place) -> Read<()> {
-        if anchor != 0 {
-            return Err(Box::new(no_anchors(place)));
-        }
-        if tagged {
-            return Err(Box::new(
-                Mistake::new("YAML tags (`!…`) are not read here", "write the plain value; quote it if it is a word")
-                    .at(place, "tagged"),
-            ));
-        }
-        Ok(())
     }
 
     fn document(&mut self) -> Read<Node> {
@@ -257,6 +243,20 @@ impl Reader<'_> {
         Mistake::new(format!("not valid YAML: {said}"), help)
             .at(&Place { source: Arc::clone(self.source), start, len: 0 }, "here")
     }
+}
+
+/// Refuses what a configuration does not need.
+fn plain_node(anchor: usize, tagged: bool, place: &Place) -> Read<()> {
+    if anchor != 0 {
+        return Err(Box::new(no_anchors(place)));
+    }
+    if tagged {
+        return Err(Box::new(
+            Mistake::new("YAML tags (`!…`) are not read here", "write the plain value; quote it if it is a word")
+                .at(place, "tagged"),
+        ));
+    }
+    Ok(())
 }
 
 /// The first line's quote that is opened after `: ` or `- ` and not closed before the text's end.

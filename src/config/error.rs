@@ -116,6 +116,12 @@ impl ConfigError {
     }
 }
 
+impl From<Box<Mistake>> for ConfigError {
+    fn from(mistake: Box<Mistake>) -> Self {
+        (*mistake).into()
+    }
+}
+
 /// Whether escape codes are wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Color {

@@ -62,3 +62,38 @@ impl Folders {
         &self.state
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::WhenMissing;
+
+    fn sources(user: User, env: &[(&str, &str)]) -> Sources {
+        let env = env.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+        Sources { user, env, cwd: "/work".into(), ..Sources::here(WhenMissing::BuiltIn) }
+    }
+
+    fn found(user: User, env: &[(&str, &str)]) -> (String, String) {
+        let folders = Folders::find(None, None, &sources(user, env));
+        (folders.runtime.display().to_string(), folders.state.display().to_string())
+    }
+
+    fn pair(runtime: &str, state: &str) -> (String, String) {
+        (runtime.to_owned(), state.to_owned())
+    }
+
+    #[test]
+    fn folders_come_from_the_nearest_that_was_said() {
+        let user = User::Other(7);
+        assert_eq!(found(User::Root, &[]), pair("/run/sglangd", "/var/lib/sglangd"));
+        assert_eq!(found(user, &[]), pair("/tmp/sglangd-7", "/tmp/sglangd-7/state"));
+        let xdg = [("HOME", "/h"), ("XDG_RUNTIME_DIR", "/run/user/7")];
+        assert_eq!(found(user, &xdg), pair("/run/user/7/sglangd", "/h/.local/state/sglangd"));
+        let systemd = [("RUNTIME_DIRECTORY", "/run/a:/run/b"), ("STATE_DIRECTORY", "/var/lib/a")];
+        assert_eq!(found(user, &systemd), pair("/run/a", "/var/lib/a"));
+        let own = [systemd[0], systemd[1], ("SGLANGD_RUNTIME_DIR", "mine"), ("SGLANGD_STATE_DIR", "/s")];
+        assert_eq!(found(User::Root, &own), pair("/work/mine", "/s"));
+        let flags = Folders::find(Some("/f".into()), None, &sources(User::Root, &own));
+        assert_eq!((flags.runtime, flags.state), ("/f".into(), "/s".into()));
+    }
+}

@@ -228,7 +228,7 @@ fn base_texts(
             let full = sources.cwd.join(&path);
             match source::read(&full, &source::shown(&full, &sources.cwd)) {
                 Ok(text) => texts.push((Some(full), text)),
-                Err(mistake) => mistakes.push(mistake),
+                Err(mistake) => mistakes.push(*mistake),
             }
         }
         return if mistakes.is_empty() { Ok(texts) } else { Err(ConfigError { mistakes }) };
@@ -284,7 +284,7 @@ fn native_flags(
     notices: &mut Vec<String>,
 ) -> Result<(), ConfigError> {
     const VARIABLE: &str = "APP_LOCAL_CONFIG_PATH";
-    let Some(path) = sources.path_var(VARIABLE) else { return Ok(()) };
+    let Some(path) = sources.path_var(VARIABLE).filter(|_| sources.needs == Needs::Engine) else { return Ok(()) };
     let full = sources.cwd.join(&path);
     let source = source::read(&full, &source::shown(&full, &sources.cwd)).map_err(|mut mistake| {
         mistake.help = format!("{VARIABLE} names it: give a SGLang YAML, or unset the variable");

@@ -5,6 +5,7 @@
 //! impossible cannot be represented or is refused by `load`, with file, line, column and the way out.
 
 mod build;
+mod cross;
 mod document;
 mod error;
 pub mod folders;
@@ -13,6 +14,7 @@ mod layers;
 mod load;
 mod source;
 pub mod units;
+mod values;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

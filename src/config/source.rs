@@ -95,7 +95,7 @@ impl fmt::Display for Place {
 }
 
 /// Reads a whole file or says why not. `shown` is how it was named.
-pub fn read(path: &Path, shown: &str) -> Result<Arc<Source>, Mistake> {
+pub fn read(path: &Path, shown: &str) -> Result<Arc<Source>, Box<Mistake>> {
     // Not blocking: opening a FIFO that nobody writes to would wait for ever.
     let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path);
     let io = |error: &std::io::Error| cannot_read(shown, path, error);
@@ -109,24 +109,24 @@ pub fn read(path: &Path, shown: &str) -> Result<Arc<Source>, Mistake> {
             () if kind.is_socket() => "a socket",
             () => "a device",
         };
-        return Err(Mistake::new(
+        return Err(Box::new(Mistake::new(
             format!("{shown} is {what}, not a file"),
             if kind.is_dir() { "name the file in it, e.g. config.yaml" } else { "write the configuration to a file" },
-        ));
+        )));
     }
     let mut bytes = Vec::new();
     file.by_ref().take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|error| io(&error))?;
     if bytes.len() as u64 > MAX_FILE {
-        return Err(Mistake::new(
+        return Err(Box::new(Mistake::new(
             format!("{shown} is larger than 1 MiB ({} bytes)", meta.len().max(bytes.len() as u64)),
             "a configuration is some KiB: is this the right file?",
-        ));
+        )));
     }
     text(shown, bytes)
 }
 
 /// Checks that the bytes are text that YAML allows.
-fn text(shown: &str, bytes: Vec<u8>) -> Result<Arc<Source>, Mistake> {
+fn text(shown: &str, bytes: Vec<u8>) -> Result<Arc<Source>, Box<Mistake>> {
     let text = match String::from_utf8(bytes) {
         Ok(text) => text,
         Err(error) => {
@@ -135,11 +135,13 @@ fn text(shown: &str, bytes: Vec<u8>) -> Result<Arc<Source>, Mistake> {
             let source = Source::new(SourceKind::File, shown, String::from_utf8_lossy(error.as_bytes()));
             // Everything before the first bad byte is unchanged by the lossy copy, so the offset holds.
             let place = Place { source, start: offset, len: '\u{fffd}'.len_utf8() };
-            return Err(Mistake::new(
-                format!("{shown} is not UTF-8: byte 0x{byte:02x} at offset {offset}"),
-                "save it as UTF-8 (`iconv -f latin1 -t utf-8` if it is Latin-1)",
-            )
-            .at(&place, "this byte"));
+            return Err(Box::new(
+                Mistake::new(
+                    format!("{shown} is not UTF-8: byte 0x{byte:02x} at offset {offset}"),
+                    "save it as UTF-8 (`iconv -f latin1 -t utf-8` if it is Latin-1)",
+                )
+                .at(&place, "this byte"),
+            ));
         }
     };
     let text = text.strip_prefix('\u{feff}').map(ToOwned::to_owned).unwrap_or(text);
@@ -149,16 +151,15 @@ fn text(shown: &str, bytes: Vec<u8>) -> Result<Arc<Source>, Mistake> {
     if let Some((offset, c)) = bad {
         let what =
             if c == '\0' { "a NUL byte".to_owned() } else { format!("the control character U+{:04X}", u32::from(c)) };
-        return Err(Mistake::new(
-            format!("{shown} holds {what}, which YAML forbids"),
-            "remove it; is this a text file?",
-        )
-        .at(&Place { source, start: offset, len: 1 }, "here"));
+        return Err(Box::new(
+            Mistake::new(format!("{shown} holds {what}, which YAML forbids"), "remove it; is this a text file?")
+                .at(&Place { source, start: offset, len: 1 }, "here"),
+        ));
     }
     Ok(source)
 }
 
-fn cannot_read(shown: &str, path: &Path, error: &std::io::Error) -> Mistake {
+fn cannot_read(shown: &str, path: &Path, error: &std::io::Error) -> Box<Mistake> {
     let (message, help) = match error.kind() {
         ErrorKind::NotFound => (
             format!("{shown} does not exist"),
@@ -174,7 +175,7 @@ fn cannot_read(shown: &str, path: &Path, error: &std::io::Error) -> Mistake {
         ),
         _ => (format!("{shown} cannot be read: {error}"), "name a readable file".to_owned()),
     };
-    Mistake::new(message, help)
+    Box::new(Mistake::new(message, help))
 }
 
 /// How a path is shown: relative to the working folder where it lies in it.

@@ -1,5 +1,6 @@
 //! Durations and sizes as people write them: `25s`, `10min`, `1h30min`, `64MiB`.
 
+use std::fmt::Write;
 use std::time::Duration;
 
 /// Longest duration that makes sense here: a year.
@@ -60,7 +61,8 @@ pub fn show_duration(duration: Duration) -> String {
     let mut out = String::new();
     for (unit, size) in [("h", 3_600_000), ("min", 60_000), ("s", 1000), ("ms", 1)] {
         if ms >= size {
-            out.push_str(&format!("{}{unit}", ms / size));
+            // Writing to a String cannot fail.
+            let _ = write!(out, "{}{unit}", ms / size);
             ms %= size;
         }
     }

@@ -84,13 +84,12 @@ pub fn launch_spec(config: &Config, resolved: &Resolved, placement: &Placement) 
     let mut flags = resolved.yaml.clone();
     for (name, folder) in &placement.extra {
         // A path that is not UTF-8 cannot stand in YAML; the command line takes it, and wins there.
-        match folder.to_str() {
-            Some(text) => set(&mut flags, name, text),
-            None => {
-                flags.retain(|(flag, _)| flag != name);
-                argv.push(format!("--{name}").into());
-                argv.push(folder.into());
-            }
+        if let Some(text) = folder.to_str() {
+            set(&mut flags, name, text);
+        } else {
+            flags.retain(|(flag, _)| flag != name);
+            argv.push(format!("--{name}").into());
+            argv.push(folder.into());
         }
     }
     for (name, key) in [("api-key", &placement.api_key), ("admin-api-key", &placement.admin_api_key)] {
@@ -137,4 +136,41 @@ pub fn shown(argv: &[OsString]) -> String {
         }
     };
     argv.iter().map(word).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::flags::FlagTable;
+    use crate::engine::resolve::resolve;
+
+    #[test]
+    fn a_start_is_one_command_line_one_yaml_and_no_secret_in_argv() {
+        let config = Config::shipped();
+        let resolved = resolve(&config, FlagTable::bundled()).unwrap();
+        let placement = Placement {
+            model_path: "/models/x".into(),
+            extra: BTreeMap::from([("tokenizer-path".to_owned(), PathBuf::from("/models/t"))]),
+            port: 20_001,
+            yaml_path: "/run/sglangd/engine.yaml".into(),
+            tmpdir: "/tmp/a".into(),
+            cache_dir: "/var/lib/sglangd/cache".into(),
+            api_key: Some("key-of-this-start".into()),
+            admin_api_key: Some("admin-of-this-start".into()),
+            launch_id: "1".into(),
+            own_env: Env::new(),
+        };
+        let spec = launch_spec(&config, &resolved, &placement);
+        assert_eq!(
+            shown(&spec.argv),
+            "python3 -m sglang.launch_server --host 127.0.0.1 --port 20001 --model-path /models/x \
+             --served-model-name deepseek-ai/DeepSeek-V4-Pro --tp-size 8 --config /run/sglangd/engine.yaml"
+        );
+        assert!(spec.yaml.ends_with(
+            "\"tokenizer-path\": \"/models/t\"\n\"api-key\": \"key-of-this-start\"\n\"admin-api-key\": \"admin-of-this-start\"\n"
+        ));
+        assert!(!format!("{spec:?}{placement:?}").contains("of-this-start"));
+        assert!(!spec.redactor.text(&spec.yaml).contains("of-this-start"));
+        assert_eq!(spec.redactor.text("log: key-of-this-start!"), "log: [redacted]!");
+    }
 }

@@ -164,3 +164,80 @@ fn defaults() -> [(&'static str, &'static str); 3] {
         ("SGLANG_REQUEST_STATE_WAIT_TIMEOUT", "1"),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn own(pairs: &[(&str, &str)]) -> Env {
+        pairs.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect()
+    }
+
+    fn get<'a>(env: &'a Env, name: &str) -> Option<&'a str> {
+        env.get(OsStr::new(name)).and_then(|value| value.to_str())
+    }
+
+    fn engine_env(config: &Config, own: &Env) -> Env {
+        let start = Start { launch_id: "id-1", tmpdir: Path::new("/tmp/s"), cache_dir: Path::new("/state/cache") };
+        engine(config, own, start)
+    }
+
+    #[test]
+    fn the_engine_inherits_all_of_sglangs_variables_and_none_of_the_supervisors() {
+        let own = own(&[
+            ("PATH", "/bin"),
+            ("SGL_FORCE_SHUTDOWN", "1"),
+            ("SGLANG_ANYTHING_AT_ALL", "x"),
+            ("HF_TOKEN", "t"),
+            ("HUGGING_FACE_HUB_TOKEN", "t"),
+            ("SGLANGD_LIMITS_MAX", "3"),
+            ("NOTIFY_SOCKET", "/s"),
+            ("LISTEN_FDS", "1"),
+            ("CREDENTIALS_DIRECTORY", "/c"),
+            ("PROMETHEUS_MULTIPROC_DIR", "/p"),
+            ("SGLANG_KILLPG_ON_SCHEDULER_EXCEPTION", "1"),
+            ("SGLANG_LOGGING_CONFIG_PATH", "/l"),
+            ("SGLANG_IS_IN_CI", "1"),
+        ]);
+        let env = engine_env(&Config::shipped(), &own);
+        for (name, value) in [("PATH", "/bin"), ("SGL_FORCE_SHUTDOWN", "1"), ("SGLANG_ANYTHING_AT_ALL", "x")] {
+            assert_eq!(get(&env, name), Some(value));
+        }
+        for name in own
+            .keys()
+            .filter(|name| !matches!(name.to_str(), Some("PATH" | "SGL_FORCE_SHUTDOWN" | "SGLANG_ANYTHING_AT_ALL")))
+        {
+            assert_eq!(env.get(name), None, "{name:?}");
+        }
+        assert_eq!(get(&env, "SGLANG_JIT_DEEPGEMM_PRECOMPILE"), Some("0"), "engine.env is there");
+        assert_eq!(get(&env, LAUNCH_ID), Some("id-1"));
+        assert_eq!(get(&env, "TMPDIR"), Some("/tmp/s"));
+    }
+
+    #[test]
+    fn what_was_said_beats_the_defaults_and_never_what_sglangd_needs() {
+        let mut config = Config::shipped();
+        config.engine.env.insert("HF_HUB_OFFLINE".into(), "0".into());
+        config.engine.env.insert("SGLANG_CACHE_DIR".into(), "/mine".into());
+        config.engine.env.insert("HF_TOKEN".into(), "t".into());
+        let env = engine_env(&config, &own(&[("SGL_PYSPY_DUMP_BEFORE_CRASH", "1"), ("HF_HUB_OFFLINE", "0")]));
+        assert_eq!(get(&env, "HF_HUB_OFFLINE"), Some("1"));
+        assert_eq!(get(&env, "SGLANG_CACHE_DIR"), Some("/mine"));
+        assert_eq!(get(&env, "SGLANG_PYSPY_DUMP_BEFORE_CRASH"), None, "its old name was said");
+        assert_eq!(get(&env, "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"), Some("0"));
+        assert_eq!(get(&env, "HF_TOKEN"), None);
+        assert_eq!(warnings(&config).len(), 2, "{:?}", warnings(&config));
+    }
+
+    #[test]
+    fn the_fetcher_alone_holds_the_token_and_hears_what_is_said_to_the_downloader() {
+        let mut config = Config::shipped();
+        config.engine.env.insert("HF_TOKEN".into(), "new".into());
+        let env = fetcher(&config, &own(&[("HF_TOKEN", "old"), ("HF_ENDPOINT", "http://h"), ("NOTIFY_SOCKET", "/s")]));
+        assert_eq!(get(&env, "HF_TOKEN"), Some("new"));
+        assert_eq!(get(&env, "HF_ENDPOINT"), Some("http://h"));
+        assert_eq!(get(&env, "HF_XET_HIGH_PERFORMANCE"), Some("1"));
+        assert_eq!(get(&env, "CUDA_VISIBLE_DEVICES"), None);
+        assert_eq!(get(&env, "NOTIFY_SOCKET"), None);
+    }
+}

@@ -1,6 +1,7 @@
 """Dumps the flags of the installed SGLang's own parser as JSON. No GPU, no network, no model.
 
-usage: inspect.py locate | inspect.py dump OUTPUT
+usage: inspect.py locate | inspect.py dump OUTPUT | inspect.py check OUTPUT WORD...
+`check` parses a whole command line, with its --config, and writes what it means or why it is refused.
 """
 
 import importlib.util
@@ -119,11 +120,46 @@ def dump(output):
         json.dump({"version": version, "flags": flags}, file, default=str)
 
 
+class Refused(Exception):
+    pass
+
+
+def refuse(message):
+    raise Refused(message)
+
+
+def check(output, argv):
+    import argparse
+    import json
+
+    spec, _ = server_args_path()
+    module = import_server_args(spec)
+    parser = argparse.ArgumentParser(prog="sglang serve")
+    module.ServerArgs.add_cli_args(parser)
+    parser.error = refuse
+    cls = merger_class(list(spec.submodule_search_locations)[0])
+    try:
+        try:
+            merger = cls(parser)
+        except Exception:
+            merger = cls([a.dest for a in parser._actions if isinstance(a, argparse._StoreTrueAction)])
+        given = vars(parser.parse_args(merger.merge_config_with_args(argv)))
+        usual = {a.dest: a.default for a in parser._actions}
+        changed = {k: v for k, v in given.items() if k not in usual or usual[k] != v}
+        answer = {"accepted": changed}
+    except (Refused, ValueError) as error:
+        answer = {"refused": str(error)}
+    with open(output, "w", encoding="utf-8") as file:
+        json.dump(answer, file, default=str)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "locate":
         found_spec, found = server_args_path()
         if found is None:
             sys.exit("sglang is not installed" if found_spec is None else "this sglang has no srt/server_args.py")
         print(found)
+    elif sys.argv[1] == "check":
+        check(sys.argv[2], sys.argv[3:])
     else:
         dump(sys.argv[2])

@@ -3,7 +3,7 @@
 //! The run takes 7 to 20 s (it imports torch), so the answer is kept by the path, time and size of its
 //! `server_args.py`. Blocking: meant for a process of its own (`sglangd plan --inspect`).
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -81,7 +81,7 @@ pub fn installed_table(engine: &Engine, cache_dir: &Path, limit: Duration) -> Re
     if let Some(table) = cached(&interpreter, cache_dir) {
         return Ok(TableSource { table, how: How::Cached, warning: None });
     }
-    let located = run(engine, &interpreter, &["locate"], LOCATE_LIMIT);
+    let located = run(engine, &interpreter, &["locate".into()], LOCATE_LIMIT);
     let server_args = match located {
         Ran::Ended { success: true, out, .. } => PathBuf::from(out.trim()),
         Ran::Ended { err, .. } => {
@@ -105,6 +105,55 @@ pub fn installed_table(engine: &Engine, cache_dir: &Path, limit: Duration) -> Re
 /// The same without running anything: only what an earlier run left, if it still holds.
 pub fn cached_table(engine: &Engine, cache_dir: &Path) -> Option<FlagTable> {
     cached(&interpreter(engine).ok()??, cache_dir)
+}
+
+/// What the installed engine's own parser makes of a whole command line and its YAML.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Answer {
+    /// Each setting that differs from the engine's default.
+    Accepted(serde_json::Map<String, serde_json::Value>),
+    /// The parser's own words.
+    Refused(String),
+    /// Not a Python engine, or its parser is broken.
+    NotAsked(String),
+}
+
+/// Runs the engine's merger and parser on what a start would give it. `argv` is without the command,
+/// with `--config` naming any path: the YAML is given beside it.
+pub fn check(engine: &Engine, argv: &[OsString], yaml: &str, limit: Duration) -> Result<Answer, InspectError> {
+    let Some(interpreter) = interpreter(engine)? else {
+        return Ok(Answer::NotAsked("engine.command starts no SGLang of Python's".to_owned()));
+    };
+    Ok(ask(engine, &interpreter, argv, yaml, limit).unwrap_or_else(Answer::NotAsked))
+}
+
+fn ask(engine: &Engine, interpreter: &Path, argv: &[OsString], yaml: &str, limit: Duration) -> Result<Answer, String> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    enum Said {
+        Accepted(serde_json::Map<String, serde_json::Value>),
+        Refused(String),
+    }
+    let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
+    let (file, output) = (folder.path().join("engine.yaml"), folder.path().join("answer.json"));
+    std::fs::write(&file, yaml).map_err(|error| error.to_string())?;
+    let mut args: Vec<OsString> = vec!["check".into(), output.clone().into_os_string()];
+    let mut after_config = false;
+    for word in argv {
+        args.push(if after_config { file.clone().into_os_string() } else { word.clone() });
+        after_config = word == "--config";
+    }
+    match run(engine, interpreter, &args, limit) {
+        Ran::Ended { success: true, .. } => {
+            let text = std::fs::read(&output).map_err(|error| error.to_string())?;
+            Ok(match serde_json::from_slice(&text).map_err(|error| error.to_string())? {
+                Said::Accepted(settings) => Answer::Accepted(settings),
+                Said::Refused(why) => Answer::Refused(why),
+            })
+        }
+        Ran::Ended { err, .. } => Err(last_line(&err)),
+        Ran::Failed(why) => Err(why),
+    }
 }
 
 /// The program that `engine.command` starts, found as `execvp` would.
@@ -232,8 +281,7 @@ fn fallback(why: &str) -> String {
 fn dump(engine: &Engine, interpreter: &Path, limit: Duration) -> Result<TableFile, String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let output = folder.path().join("flags.json");
-    let file = output.to_str().ok_or("the temporary folder's name is not UTF-8")?;
-    match run(engine, interpreter, &["dump", file], limit) {
+    match run(engine, interpreter, &["dump".into(), output.clone().into_os_string()], limit) {
         Ran::Ended { success: true, .. } => {
             let text = std::fs::read(&output).map_err(|error| error.to_string())?;
             serde_json::from_slice(&text).map_err(|error| error.to_string())
@@ -244,7 +292,7 @@ fn dump(engine: &Engine, interpreter: &Path, limit: Duration) -> Result<TableFil
 }
 
 /// Runs the script to its end or the limit.
-fn run(engine: &Engine, interpreter: &Path, args: &[&str], limit: Duration) -> Ran {
+fn run(engine: &Engine, interpreter: &Path, args: &[OsString], limit: Duration) -> Ran {
     let deadline = Instant::now() + limit;
     let Ok(mut errors) = tempfile::tempfile() else { return Ran::Failed("no temporary file can be made".to_owned()) };
     let Ok(stderr) = errors.try_clone() else { return Ran::Failed("no descriptor is left".to_owned()) };
@@ -302,4 +350,80 @@ fn run(engine: &Engine, interpreter: &Path, args: &[&str], limit: Duration) -> R
 
 fn last_line(text: &str) -> String {
     text.lines().rev().map(str::trim).find(|line| !line.is_empty()).unwrap_or("no message").chars().take(300).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn program(folder: &Path, name: &str, text: &str) -> String {
+        let path = folder.join(name);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    fn engine(command: &[&str]) -> Engine {
+        Engine { command: command.iter().map(|&word| word.to_owned()).collect(), ..Config::shipped().engine }
+    }
+
+    #[test]
+    fn the_python_behind_a_command_is_found_however_it_is_started() {
+        let folder = tempfile::tempdir().unwrap();
+        let python = program(folder.path(), "python3.11", "");
+        let named = format!("#!{python}\nimport sglang\n");
+        let long = format!("#!/bin/sh\n'''exec' \"{python}\" \"$0\" \"$@\"\n' '''\n");
+        let found = |command: &[&str]| interpreter(&engine(command)).unwrap();
+        let wanted = Some(PathBuf::from(&python));
+        assert_eq!(found(&[&python, "-m", "sglang.launch_server"]), wanted);
+        assert_eq!(found(&["numactl", "--interleave=all", &python, "-u", "-m", "sglang.launch_server"]), wanted);
+        for text in [named, long] {
+            let script = program(folder.path(), "sglang", &text);
+            assert_eq!(found(&[&script, "serve"]), wanted, "{text}");
+        }
+        let mut by_env = engine(&["sglang", "serve"]);
+        by_env.env.insert("PATH".into(), folder.path().to_str().unwrap().into());
+        program(folder.path(), "sglang", "#!/usr/bin/env python3.11\n");
+        assert_eq!(interpreter(&by_env).unwrap(), wanted);
+        assert_eq!(found(&["/usr/bin/sglangd", "simulate"]), None);
+        let shell = program(folder.path(), "sglang", "#!/bin/bash\n");
+        assert_eq!(found(&[&shell]), None);
+    }
+
+    /// A stand-in for Python that knows the script's two questions.
+    #[test]
+    fn an_answer_is_kept_until_the_engines_server_args_change() {
+        let folder = tempfile::tempdir().unwrap();
+        let server_args = program(folder.path(), "server_args.py", "one");
+        let table = r#"{"version": "9.9", "flags": [{"name": "x", "action": "store_true", "nargs": 0, "yaml_supported": true}]}"#;
+        let text = format!(
+            "#!/bin/sh\ncase $3 in locate) echo {server_args};; dump) echo noise; echo '{table}' > \"$4\";; esac\n"
+        );
+        let python = program(folder.path(), "python3", &text);
+        let engine = engine(&[&python, "-m", "sglang.launch_server"]);
+        let cache = folder.path().join("state/deeper");
+        let asked = || installed_table(&engine, &cache, Duration::from_secs(30)).unwrap();
+        let first = asked();
+        assert_eq!((first.how, first.warning.as_deref(), first.table.version.as_str()), (How::Asked, None, "9.9"));
+        assert_eq!(asked().how, How::Cached);
+        assert!(cached_table(&engine, &cache).is_some_and(|table| table.has("x")));
+        std::fs::write(&server_args, "two and longer").unwrap();
+        assert!(cached_table(&engine, &cache).is_none());
+        assert_eq!(asked().how, How::Asked);
+
+        // A parser that breaks is a warning, and the shipped table stands in.
+        std::fs::write(&server_args, "three").unwrap();
+        let broken =
+            "#!/bin/sh\ncase $3 in locate) echo SERVER_ARGS;; dump) echo 'ImportError: no torch' >&2; exit 1;; esac\n";
+        program(folder.path(), "python3", &broken.replace("SERVER_ARGS", &server_args));
+        let fallback = asked();
+        assert_eq!(fallback.how, How::Bundled);
+        assert!(fallback.warning.unwrap().contains("ImportError: no torch"));
+
+        // Without SGLang there is nothing to start.
+        program(folder.path(), "python3", "#!/bin/sh\necho 'sglang is not installed' >&2\nexit 1\n");
+        let error = installed_table(&engine, &cache, Duration::from_secs(30)).unwrap_err();
+        assert!(matches!(&error, InspectError::NoSglang { said, .. } if said == "sglang is not installed"), "{error}");
+    }
 }

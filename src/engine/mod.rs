@@ -3,11 +3,15 @@
 //! Knows SGLang's words, not its process (that is `launch`) and not its health (`health`).
 
 pub mod argv;
+pub mod death;
 pub mod env;
 pub mod flags;
 pub mod inspect;
 pub mod legacy;
 pub mod log;
+mod owned;
+pub mod progress;
 pub mod redact;
 pub mod resolve;
+mod words;
 pub mod yaml;

@@ -77,7 +77,7 @@ fn secret_spans(text: &str) -> Vec<(usize, usize)> {
 fn value_after(bytes: &[u8], mut at: usize, flag: bool) -> Option<(usize, usize)> {
     let blank = |b: &u8| matches!(b, b' ' | b'\t');
     let skip = |mut at: usize| {
-        while bytes.get(at).is_some_and(|b| blank(b)) {
+        while bytes.get(at).is_some_and(blank) {
             at += 1;
         }
         at

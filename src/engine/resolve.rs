@@ -8,6 +8,8 @@ use crate::config::{
 };
 use crate::engine::flags::{FlagSpec, FlagTable, TableOrigin, Takes};
 use crate::engine::legacy::{self, Fate};
+use crate::engine::owned::OWNED;
+use crate::engine::words::{names_repository, python_float, wrong_word};
 
 /// One value of the engine's YAML.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,34 +70,6 @@ impl FlagErrors {
         ConfigError { mistakes: mistakes.collect() }
     }
 }
-
-/// Flags that sglangd sets itself, by their usual names, and who decides instead.
-const OWNED: &[(&str, &str)] = &[
-    ("host", "clients connect to listen.public; the engine listens on the loopback alone"),
-    ("port", "clients connect to listen.public; the engine's port is chosen at each start"),
-    ("model-path", "model.repo or model.path says it"),
-    ("revision", "model.revision says it"),
-    ("served-model-name", "model.name says it"),
-    ("tp-size", "engine.tp says it"),
-    ("api-key", "clients' keys belong in auth.keys_file; the engine's key is made at each start"),
-    ("admin-api-key", "the engine's admin key is made at each start"),
-    ("ssl-keyfile", OWN_TLS),
-    ("ssl-certfile", OWN_TLS),
-    ("ssl-ca-certs", OWN_TLS),
-    ("ssl-keyfile-password", OWN_TLS),
-    ("enable-ssl-refresh", OWN_TLS),
-    ("grpc-port", OWN_HTTP),
-    ("grpc-mode", OWN_HTTP),
-    ("smg-grpc-mode", OWN_HTTP),
-    ("smg-http-sidecar-port", OWN_HTTP),
-    ("enable-http2", OWN_HTTP),
-    ("tokenizer-worker-num", "with more than one the engine serves from processes that cannot be watched"),
-    ("enable-http-worker-reuseport", OWN_HTTP),
-    ("config", "sglangd writes the engine's YAML: put the flags under engine.flags"),
-    ("help", "see `python3 -m sglang.launch_server --help`"),
-];
-const OWN_TLS: &str = "the engine is reached over the loopback in clear";
-const OWN_HTTP: &str = "the proxy speaks HTTP/1.1 to the engine";
 
 /// Flags that may name a repository, and the flag of its revision.
 const REPOSITORY_FLAGS: &[(&str, Option<&str>)] =
@@ -338,7 +312,7 @@ impl<'a> Run<'a> {
                 // The draft model is given as a folder: its revision has been used by the fetcher.
                 continue;
             }
-            self.place(flag, value, &mut out);
+            place(flag, value, &mut out);
         }
         // The revision may have been said before the model it belongs to.
         let used: Vec<&str> = out.extra_repos.iter().filter_map(|extra| revision_flag(&extra.flag)).collect();
@@ -354,9 +328,8 @@ impl<'a> Run<'a> {
         let takes = flag.spec.map(FlagSpec::takes);
         let value = match (&flag.value, takes) {
             (FlagValue::On, Some(Takes::Nothing | Takes::OnOrOff | Takes::OneOrNone) | None) => Checked::On,
-            (FlagValue::Off, Some(Takes::Nothing)) | (FlagValue::Off, None) => return None,
+            (FlagValue::Off, Some(Takes::Nothing | Takes::OneOrNone) | None) => return None,
             (FlagValue::Off, Some(Takes::OnOrOff)) => Checked::Off,
-            (FlagValue::Off, Some(Takes::OneOrNone)) => return None,
             (value, Some(Takes::Nothing | Takes::OnOrOff)) => {
                 let word = match value {
                     FlagValue::Word(word) => word.clone(),
@@ -418,36 +391,6 @@ impl<'a> Run<'a> {
             }
         }
         Some(value)
-    }
-
-    /// To the YAML where the engine's reader takes it, else to the command line.
-    fn place(&mut self, flag: &Kept<'_>, value: Checked, out: &mut Resolved) {
-        let name = &flag.name;
-        let yaml = flag.spec.is_some_and(|spec| spec.yaml_supported);
-        match value {
-            Checked::On if yaml && flag.spec.is_some_and(|spec| spec.takes() == Takes::Nothing) => {
-                out.yaml.push((name.clone(), YamlValue::True));
-            }
-            Checked::On => out.argv.push(format!("--{name}")),
-            Checked::Off => out.argv.push(format!("--no-{name}")),
-            // The engine's reader never emits `--flag=value`, the only form that takes such a word.
-            Checked::Words(words)
-                if words.len() == 1 && words[0].starts_with('-') && !is_negative_number(&words[0]) =>
-            {
-                out.argv.push(format!("--{name}={}", words[0]));
-            }
-            Checked::Words(mut words) => {
-                let many = flag.spec.is_some_and(|spec| spec.takes() == Takes::Many);
-                if yaml && many {
-                    out.yaml.push((name.clone(), YamlValue::Words(words)));
-                } else if yaml {
-                    out.yaml.push((name.clone(), YamlValue::Word(words.swap_remove(0))));
-                } else {
-                    out.argv.push(format!("--{name}"));
-                    out.argv.append(&mut words);
-                }
-            }
-        }
     }
 
     // ------------------------------------------------------------------ single flags
@@ -514,6 +457,34 @@ impl<'a> Run<'a> {
     }
 }
 
+/// To the YAML where the engine's reader takes it, else to the command line.
+fn place(flag: &Kept<'_>, value: Checked, out: &mut Resolved) {
+    let name = &flag.name;
+    let yaml = flag.spec.is_some_and(|spec| spec.yaml_supported);
+    match value {
+        Checked::On if yaml && flag.spec.is_some_and(|spec| spec.takes() == Takes::Nothing) => {
+            out.yaml.push((name.clone(), YamlValue::True));
+        }
+        Checked::On => out.argv.push(format!("--{name}")),
+        Checked::Off => out.argv.push(format!("--no-{name}")),
+        // The engine's reader never emits `--flag=value`, the only form that takes such a word.
+        Checked::Words(words) if words.len() == 1 && words[0].starts_with('-') && !is_negative_number(&words[0]) => {
+            out.argv.push(format!("--{name}={}", words[0]));
+        }
+        Checked::Words(mut words) => {
+            let many = flag.spec.is_some_and(|spec| spec.takes() == Takes::Many);
+            if yaml && many {
+                out.yaml.push((name.clone(), YamlValue::Words(words)));
+            } else if yaml {
+                out.yaml.push((name.clone(), YamlValue::Word(words.swap_remove(0))));
+            } else {
+                out.argv.push(format!("--{name}"));
+                out.argv.append(&mut words);
+            }
+        }
+    }
+}
+
 /// A value that the parser takes.
 enum Checked {
     On,
@@ -543,86 +514,4 @@ fn unknown_argv(name: &str, value: &Checked, argv: &mut Vec<String>) {
             argv.extend(words.iter().cloned());
         }
     }
-}
-
-/// Whether a path names a repository of the hub and not a folder. Folders begin with `/`, `.` or `~`.
-fn names_repository(path: &str) -> bool {
-    let part = |part: &str| {
-        !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
-    };
-    !path.starts_with(['/', '.', '~']) && path.split('/').count() <= 2 && path.split('/').all(part)
-}
-
-/// Why a word cannot be this flag's value: what is wrong, and the way out.
-fn wrong_word(spec: &FlagSpec, word: &str) -> Option<(String, String)> {
-    if word.contains('\0') {
-        return Some(("holds a NUL byte".to_owned(), "remove it".to_owned()));
-    }
-    match spec.element_type.as_deref() {
-        Some("int") if python_int(word).is_none() => {
-            return Some((format!("is `{word}`, which is not a whole number"), "write a whole number".to_owned()));
-        }
-        Some("float") if python_float(word).is_none() => {
-            return Some((format!("is `{word}`, which is not a number"), "write a number, like 0.8".to_owned()));
-        }
-        Some("loads") if serde_json::from_str::<serde_json::Value>(word).is_err() => {
-            return Some((
-                format!("is `{word}`, which is not JSON"),
-                "write it as a section, or as JSON in quotes".to_owned(),
-            ));
-        }
-        _ => {}
-    }
-    let choices = spec.choice_words()?;
-    let same = |choice: &String| {
-        if spec.element_type.as_deref() == Some("int") {
-            python_int(word) == choice.parse().ok()
-        } else {
-            choice == word
-        }
-    };
-    if choices.iter().any(same) {
-        return None;
-    }
-    let help = nearest(word, choices.iter().map(String::as_str)).map_or_else(
-        || format!("choose one of: {}", choices.join(", ")),
-        |near| format!("did you mean `{near}`? (one of: {})", choices.join(", ")),
-    );
-    Some((format!("is `{word}`, which the engine does not offer"), help))
-}
-
-/// Digits, with single underscores between them, as Python reads them.
-fn python_digits(text: &str) -> Option<String> {
-    let fine = !text.is_empty()
-        && !text.starts_with('_')
-        && !text.ends_with('_')
-        && !text.contains("__")
-        && text.bytes().all(|b| b.is_ascii_digit() || b == b'_');
-    fine.then(|| text.replace('_', ""))
-}
-
-/// What Python's `int(word)` takes (in ASCII).
-fn python_int(word: &str) -> Option<i128> {
-    let trimmed = word.trim();
-    let digits = trimmed.strip_prefix(['+', '-']).unwrap_or(trimmed);
-    let value: i128 = python_digits(digits)?.parse().ok()?;
-    Some(if trimmed.starts_with('-') { -value } else { value })
-}
-
-/// What Python's `float(word)` takes (in ASCII).
-fn python_float(word: &str) -> Option<f64> {
-    let trimmed = word.trim();
-    let bare = trimmed.strip_prefix(['+', '-']).unwrap_or(trimmed).to_lowercase();
-    if matches!(bare.as_str(), "inf" | "infinity" | "nan") {
-        return trimmed.parse().ok();
-    }
-    if !bare.bytes().all(|b| b.is_ascii_digit() || matches!(b, b'.' | b'e' | b'+' | b'-' | b'_')) {
-        return None;
-    }
-    // An underscore stands between two digits or not at all.
-    let underscores = bare.bytes().enumerate().all(|(at, b)| {
-        let digit = |at: Option<usize>| at.and_then(|at| bare.as_bytes().get(at)).is_some_and(u8::is_ascii_digit);
-        b != b'_' || (digit(at.checked_sub(1)) && digit(Some(at + 1)))
-    });
-    underscores.then(|| trimmed.replace('_', "").parse().ok()).flatten()
 }

@@ -269,20 +269,48 @@ mod tests {
             suspected: false,
             will_return: true,
         };
-        insta::assert_snapshot!(shape(Refusal::engine(Some(&view))), @"");
+        insta::assert_snapshot!(shape(Refusal::engine(Some(&view))), @r#"
+        503 Service Unavailable
+        content-type: application/json
+        cache-control: no-store
+        retry-after: 60
+        {"type":"error","error":{"message":"the engine is not serving: loading, loading weights 3/64","type":"service_unavailable","param":null,"code":"engine_loading"},"state":"loading","phase":"loading weights 3/64","percent":12.5,"eta_seconds":240}
+        "#);
     }
 
     #[test]
     fn refusals_keep_their_shape() {
-        insta::assert_snapshot!(shape(Refusal::unauthorized()), @"");
-        insta::assert_snapshot!(shape(Refusal::wrong_method(&[Method::GET, Method::HEAD])), @"");
-        insta::assert_snapshot!(shape(Refusal::queue_full(Duration::from_millis(1200))), @"");
+        insta::assert_snapshot!(shape(Refusal::unauthorized()), @r#"
+        401 Unauthorized
+        content-type: application/json
+        cache-control: no-store
+        www-authenticate: Bearer
+        {"type":"error","error":{"message":"an API key is asked for: Authorization: Bearer KEY, or x-api-key: KEY","type":"authentication_error","param":null,"code":"invalid_api_key"}}
+        "#);
+        insta::assert_snapshot!(shape(Refusal::wrong_method(&[Method::GET, Method::HEAD])), @r#"
+        405 Method Not Allowed
+        content-type: application/json
+        cache-control: no-store
+        allow: GET, HEAD
+        {"type":"error","error":{"message":"this path does not take that method","type":"invalid_request_error","param":null,"code":"wrong_method"}}
+        "#);
+        insta::assert_snapshot!(shape(Refusal::queue_full(Duration::from_millis(1200))), @r#"
+        503 Service Unavailable
+        content-type: application/json
+        cache-control: no-store
+        retry-after: 2
+        {"type":"error","error":{"message":"as many requests wait already as may; come again later","type":"overloaded_error","param":null,"code":"queue_full"}}
+        "#);
     }
 
     #[test]
     fn each_dialect_ends_in_its_own_shape_and_without_done() {
-        insta::assert_snapshot!(format!("{:?}", last_event(Dialect::OpenAi, "gone")), @"");
-        insta::assert_snapshot!(format!("{:?}", last_event(Dialect::Anthropic, "gone")), @"");
-        insta::assert_snapshot!(format!("{:?}", last_event(Dialect::Lines, "gone")), @"");
+        let openai = r#"{"error":{"message":"gone","type":"api_error","param":null,"code":"stream_interrupted"}}"#;
+        assert_eq!(last_event(Dialect::OpenAi, "gone"), format!("\n\ndata: {openai}\n\n"));
+        let anthropic = r#"{"type":"error","error":{"type":"api_error","message":"gone"}}"#;
+        assert_eq!(last_event(Dialect::Anthropic, "gone"), format!("\n\nevent: error\ndata: {anthropic}\n\n"));
+        let responses = r#"{"type":"error","code":"stream_interrupted","message":"gone","param":null}"#;
+        assert_eq!(last_event(Dialect::Responses, "gone"), format!("\n\nevent: error\ndata: {responses}\n\n"));
+        assert_eq!(last_event(Dialect::Lines, "gone"), "\n{\"error\":\"gone\"}\n");
     }
 }

@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::task::Poll;
 use std::time::Duration;
 
-use http::header::{CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING};
+use http::header::{CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, TRANSFER_ENCODING};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
@@ -122,13 +122,13 @@ async fn decide(
     {
         return Err(Refusal::too_large(snapshot.settings.max_body).into());
     }
-    let (ticket, snapshot) = admit(peer, parts, snapshot).await?;
+    let patience = peer.worker.shared.timings.client.body;
+    let mut outgoing = Outgoing::new(body, framing, snapshot.settings.max_body, patience);
+    let (ticket, snapshot) = admit(peer, parts, snapshot, &mut outgoing).await?;
     let Some(upstream) = snapshot.engine.as_ref().and_then(|engine| engine.upstream.clone()) else {
         ticket.was_not_served();
         return Err(Refusal::engine(snapshot.engine.as_ref()).into());
     };
-    let patience = peer.worker.shared.timings.client.body;
-    let mut outgoing = Outgoing::new(body, framing, snapshot.settings.max_body, patience);
     let head = request_head(peer, parts, &snapshot, &upstream, id, framing);
     let worker = &peer.worker;
     let since = Instant::now();
@@ -170,7 +170,12 @@ async fn watched<F: Future>(peer: &Peer, future: F) -> Result<F::Output, Stop> {
 }
 
 /// Waits for a place, and says what is known of the engine by then.
-async fn admit(peer: &Peer, parts: &Parts, snapshot: Arc<Snapshot>) -> Result<(Ticket, Arc<Snapshot>), Stop> {
+async fn admit(
+    peer: &Peer,
+    parts: &Parts,
+    snapshot: Arc<Snapshot>,
+    body: &mut Outgoing,
+) -> Result<(Ticket, Arc<Snapshot>), Stop> {
     let shared = &peer.worker.shared;
     if snapshot.mode != Mode::Serving {
         return Err(Refusal::draining().into());
@@ -185,7 +190,22 @@ async fn admit(peer: &Peer, parts: &Parts, snapshot: Arc<Snapshot>) -> Result<(T
     let ours = since + Duration::from_millis(patience);
     let theirs = client_deadline(&parts.headers).and_then(|wait| since.checked_add(wait));
     let deadline = theirs.map_or(ours, |theirs| theirs.min(ours));
-    let outcome = watched(peer, shared.admission.enter(deadline)).await?;
+    // Who asks before it sends its body is told to go on only once there is a place.
+    let read = if parts.headers.contains_key(EXPECT) { Ahead::Nothing } else { Ahead::Body };
+    let mut entry = pin!(shared.admission.enter(deadline));
+    let waiting = poll_fn(|cx| {
+        if let Poll::Ready(outcome) = entry.as_mut().poll(cx) {
+            return Poll::Ready(Ok(outcome));
+        }
+        match read {
+            Ahead::Body => body.poll_ahead(cx).map(Err),
+            Ahead::Nothing => Poll::Pending,
+        }
+    });
+    let outcome = match watched(peer, waiting).await? {
+        Ok(outcome) => outcome,
+        Err(fault) => return Err(explain(peer, &snapshot, fault.into()).into()),
+    };
     peer.worker.counters.wait.observe(since.elapsed());
     let now = shared.snapshot();
     match outcome {
@@ -200,6 +220,13 @@ async fn admit(peer: &Peer, parts: &Parts, snapshot: Arc<Snapshot>) -> Result<(T
         }
         .into()),
     }
+}
+
+/// What may be read of a request that waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ahead {
+    Body,
+    Nothing,
 }
 
 fn is_open(view: Option<&EngineView>) -> bool {

@@ -77,7 +77,15 @@ pub struct Shared {
 
 /// Settings before the first message: nothing passes, so nothing needs room.
 fn no_settings() -> ProxySettings {
-    ProxySettings { max: 0, target: 0, queue: 0, queue_timeout_ms: 0, max_body: 0, keys_file: None, workers: 1 }
+    ProxySettings {
+        max: 0,
+        target: 0,
+        queue: 0,
+        queue_timeout_ms: 0,
+        max_body: u64::MAX, // nothing is read before there is a place
+        keys_file: None,
+        workers: 1,
+    }
 }
 
 impl Shared {

@@ -137,6 +137,7 @@ pub struct Seen {
     /// What the Authorization header said.
     pub authorization: Option<String>,
     pub route: Option<Route>,
+    pub at: Instant,
 }
 
 /// A running hub; dropping it ends it.

@@ -36,6 +36,7 @@ pub(super) async fn answer(request: &Request<Incoming>, state: &Arc<State>) -> R
         range: header("range"),
         authorization: header("authorization"),
         route,
+        at: tokio::time::Instant::now(),
     });
     // A fault of content is spent on answers that carry content.
     let counts = route != Some(Route::Cdn) || request.method() == Method::GET;

@@ -98,9 +98,6 @@ impl Repo {
         let mut attempts = Attempts { fruitless: 0, made: 0, wrong: 0, scope: Scope::Stream };
         let mut ranges = Ranges::Served;
         loop {
-            if ranges == Ranges::Ignored && partial.len() > 0 {
-                partial = off_runtime(move || partial.restart().map(|()| partial)).await.map_err(disk)?;
-            }
             slot.set(partial.len());
             if partial.is_whole() {
                 let name = blob.clone();
@@ -121,6 +118,10 @@ impl Repo {
                 // A cache on the way that spoils ranges may serve the whole right.
                 ranges = Ranges::Ignored;
                 continue;
+            }
+            if ranges == Ranges::Ignored && partial.len() > 0 {
+                partial = off_runtime(move || partial.restart().map(|()| partial)).await.map_err(disk)?;
+                slot.set(0);
             }
             self.board.hub_open().await;
             let before = partial.len();

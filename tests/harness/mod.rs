@@ -4,5 +4,6 @@
 pub mod client;
 pub mod daemon;
 pub mod engine;
+pub mod front;
 pub mod hub;
 pub mod processes;

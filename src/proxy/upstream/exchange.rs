@@ -4,7 +4,8 @@
 //! only on a fresh connection, once, when a reused one ended before the first byte of an answer and
 //! every byte that was sent is still held: the engine closed it while we wrote.
 
-use std::future::poll_fn;
+use std::collections::VecDeque;
+use std::future::{Future as _, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
@@ -27,6 +28,9 @@ use crate::proxy::tap::{poll_read_once, with_buffer};
 
 /// Bytes of a body that are kept so that the request can be said again.
 const KEPT: usize = 64 * 1024;
+/// Bytes of a body that are read while its request waits for a place. A client's FIN stands behind
+/// its bytes: a body left in the socket's buffer hides that the client is gone.
+const AHEAD: usize = 256 * 1024;
 /// After a write failed, how long an answer that explains it may take to be read.
 const EXPLANATION: Duration = Duration::from_millis(500);
 
@@ -62,11 +66,16 @@ pub struct Outgoing {
     max: u64,
     patience: Duration,
     taken: u64,
+    /// Bytes that went towards the engine at least once.
+    passed: usize,
     timer: Option<Pin<Box<Sleep>>>,
     /// What was taken so far; none once it was too much to keep.
     kept: Option<Vec<Bytes>>,
     /// How many of `kept` have been sent on the present connection.
     replayed: usize,
+    /// Read while the request waited, in order.
+    ahead: VecDeque<Bytes>,
+    ahead_bytes: usize,
     end: End,
 }
 
@@ -79,7 +88,20 @@ enum End {
 impl Outgoing {
     pub fn new(body: Incoming, framing: BodyFraming, max: u64, patience: Duration) -> Self {
         let end = if framing == BodyFraming::None { End::Reached } else { End::Open };
-        Self { body, framing, max, patience, taken: 0, timer: None, kept: Some(Vec::new()), replayed: 0, end }
+        Self {
+            body,
+            framing,
+            max,
+            patience,
+            taken: 0,
+            passed: 0,
+            timer: None,
+            kept: Some(Vec::new()),
+            replayed: 0,
+            ahead: VecDeque::new(),
+            ahead_bytes: 0,
+            end,
+        }
     }
 
     /// Starts over on another connection, if nothing that was sent is lost.
@@ -89,6 +111,22 @@ impl Outgoing {
         Some(())
     }
 
+    /// Reads ahead, up to a bound. Ready only when something is wrong with the body.
+    pub fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<BodyFault> {
+        while self.ahead_bytes < AHEAD {
+            match ready!(self.poll_body(cx)) {
+                None => return Poll::Pending,
+                Some(Err(fault)) => return Poll::Ready(fault),
+                Some(Ok(data)) => {
+                    self.ahead_bytes += data.len();
+                    self.ahead.push_back(data);
+                }
+            }
+        }
+        Poll::Pending
+    }
+
+    /// The next piece for the present connection, with a clock on the client.
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyFault>>> {
         if let Some(kept) = &self.kept
             && let Some(piece) = kept.get(self.replayed)
@@ -96,18 +134,38 @@ impl Outgoing {
             self.replayed += 1;
             return Poll::Ready(Some(Ok(piece.clone())));
         }
+        let piece = match self.ahead.pop_front() {
+            Some(data) => Some(Ok(data)),
+            None => match self.poll_body(cx) {
+                Poll::Ready(piece) => piece,
+                Poll::Pending => {
+                    let patience = self.patience;
+                    let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(patience)));
+                    ready!(timer.as_mut().poll(cx));
+                    return Poll::Ready(Some(Err(BodyFault::Slow)));
+                }
+            },
+        };
+        self.timer = None;
+        if let Some(Ok(data)) = &piece {
+            self.passed += data.len();
+            if self.passed > KEPT {
+                self.kept = None;
+            }
+            if let Some(kept) = &mut self.kept {
+                kept.push(data.clone());
+                self.replayed += 1;
+            }
+        }
+        Poll::Ready(piece)
+    }
+
+    fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyFault>>> {
         loop {
             if self.end == End::Reached {
                 return Poll::Ready(None);
             }
-            let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
-                let patience = self.patience;
-                let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(patience)));
-                ready!(timer.as_mut().poll(cx));
-                return Poll::Ready(Some(Err(BodyFault::Slow)));
-            };
-            self.timer = None;
-            match frame {
+            match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
                 None => self.end = End::Reached,
                 Some(Err(error)) => return Poll::Ready(Some(Err(BodyFault::Broken(error)))),
                 // Trailers are dropped: merged into headers they could forge them.
@@ -120,13 +178,6 @@ impl Outgoing {
                     if self.taken > self.max {
                         return Poll::Ready(Some(Err(BodyFault::TooLarge)));
                     }
-                    if self.taken > KEPT as u64 {
-                        self.kept = None;
-                    }
-                    if let Some(kept) = &mut self.kept {
-                        kept.push(data.clone());
-                        self.replayed += 1;
-                    }
                     if self.body.is_end_stream() && self.framing != BodyFraming::Chunked {
                         self.end = End::Reached;
                     }
@@ -134,6 +185,18 @@ impl Outgoing {
                 }
             }
         }
+    }
+
+    /// Whether nothing is left to send on the present connection.
+    fn is_sent(&self) -> bool {
+        self.end == End::Reached
+            && self.ahead.is_empty()
+            && self.kept.as_ref().is_none_or(|kept| self.replayed >= kept.len())
+    }
+
+    /// Bytes of the client's body so far.
+    pub fn taken(&self) -> u64 {
+        self.taken
     }
 }
 
@@ -314,20 +377,9 @@ async fn send(stream: &TcpStream, head: &[u8], body: &mut Outgoing) -> Result<()
                 return write(stream, [first, end, b"", b""]).await;
             }
         }
-        if body.end == End::Reached && !chunked && body.is_replayed() {
+        if !chunked && body.is_sent() {
             return Ok(());
         }
-    }
-}
-
-impl Outgoing {
-    fn is_replayed(&self) -> bool {
-        self.kept.as_ref().is_none_or(|kept| self.replayed >= kept.len())
-    }
-
-    /// Bytes of the client's body so far.
-    pub fn taken(&self) -> u64 {
-        self.taken
     }
 }
 

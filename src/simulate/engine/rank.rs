@@ -191,7 +191,7 @@ async fn live(kind: Kind, parent: Pid, model: &str, weights: Weights, knobs: &Kn
             // Measured: the orphaned scheduler fails to report, signals whoever is its parent by
             // now, and leaves with status 0; the detokenizer stays for ever.
             Kind::Scheduler { .. } => {
-                let _ = kill(parent, Signal::SIGQUIT);
+                quit(parent);
                 tokio::time::sleep(Duration::from_secs(3)).await;
                 Ended::Code(0)
             }
@@ -217,6 +217,15 @@ async fn live(kind: Kind, parent: Pid, model: &str, weights: Weights, knobs: &Kn
     }
 }
 
+/// SIGQUIT to whoever is the parent, if that is an sglangd: the engine, or the supervisor that adopted
+/// an orphan. The real one signals anybody; here it would hit a developer's session manager.
+fn quit(parent: Pid) {
+    let same = std::fs::read_link(format!("/proc/{parent}/exe")).ok() == std::env::current_exe().ok();
+    if same {
+        let _ = kill(parent, Signal::SIGQUIT);
+    }
+}
+
 /// What every child does with an exception: the traceback, then SIGQUIT to the parent, who ends all.
 async fn raise(kind: Kind, parent: Pid, what: &str) -> Ended {
     let frames = "  File \"sglang/srt/managers/scheduler.py\", line 6368, in run_scheduler_process\n    \
@@ -225,7 +234,7 @@ async fn raise(kind: Kind, parent: Pid, what: &str) -> Ended {
         kind.log_rank(),
         format!("Scheduler hit an exception: Traceback (most recent call last):\n{frames}\n{what}\n"),
     );
-    let _ = kill(parent, Signal::SIGQUIT);
+    quit(parent);
     tokio::time::sleep(Duration::from_secs(3)).await;
     Ended::Code(0)
 }

@@ -1,0 +1,86 @@
+//! The data plane in the test's own process, in front of a fake engine.
+
+use std::net::{SocketAddr, TcpListener};
+use std::time::Duration;
+
+use sglangd::link::{EngineState, EngineView, ProxySettings, Upstream};
+use sglangd::proxy::{Proxy, Supervision, Timings};
+
+use super::engine::Engine;
+
+pub struct Front {
+    pub addr: SocketAddr,
+    pub proxy: Proxy,
+}
+
+pub fn settings() -> ProxySettings {
+    ProxySettings {
+        max: 32,
+        target: 10,
+        queue: 16,
+        queue_timeout_ms: 10_000,
+        hold_ms: 0,
+        max_body: 1 << 20,
+        keys_file: None,
+        workers: 1,
+    }
+}
+
+pub fn view(state: EngineState, upstream: Option<SocketAddr>) -> EngineView {
+    EngineView {
+        state,
+        phase: String::new(),
+        percent: None,
+        eta_seconds: None,
+        reason: String::new(),
+        upstream: upstream.map(|addr| Upstream { addr, api_key: None }),
+        suspected: false,
+        will_return: true,
+    }
+}
+
+impl Front {
+    /// A proxy that has been told nothing yet.
+    pub fn unaware(timings: Timings) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        Self { addr, proxy: Proxy::start(vec![listener], timings, Supervision::Alone).unwrap() }
+    }
+
+    pub fn with(engine: &Engine, settings: ProxySettings, timings: Timings) -> Self {
+        let mut front = Self::unaware(timings);
+        front.proxy.settings(settings).unwrap();
+        front.proxy.engine(view(EngineState::Ready, Some(engine.addr)));
+        front
+    }
+
+    pub fn of(engine: &Engine) -> Self {
+        Self::with(engine, settings(), Timings::default())
+    }
+
+    /// Waits until so many requests are open towards the engine and so many wait.
+    pub fn holds(&self, in_flight: usize, queued: usize) {
+        eventually("the proxy's counts are right", || {
+            let traffic = self.proxy.traffic();
+            (traffic.in_flight, traffic.queued) == (in_flight, queued)
+        });
+    }
+
+    /// The value of a line of the metrics page.
+    pub fn metric(&self, line: &str) -> Option<f64> {
+        let page = self.proxy.metrics();
+        page.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(' ')?.parse().ok())
+    }
+}
+
+/// Looks each 2 ms, for 10 s at most.
+#[allow(clippy::disallowed_methods)] // a test's bounded wait, on a thread of its own
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    for _ in 0..5000 {
+        if holds() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    panic!("not within 10 s: {what}");
+}
