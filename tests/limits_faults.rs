@@ -51,6 +51,8 @@ fn f01_beyond_max_requests_wait_and_pass_in_order() {
         release.send(()).unwrap();
         let answer = client.answer();
         assert_eq!((answer.status, answer.header("x-request-id")), (200, Some(format!("n{n}").as_str())));
+        let position = answer.header("x-sglangd-queue-position").map(str::to_owned);
+        assert_eq!(position, (n > 0).then(|| n.to_string()));
         eventually("the next one is admitted", || engine.requests() == (n + 2).min(4));
         let ids = engine.text(0);
         assert!(ids.rfind(&format!("n{}", (n + 1).min(3))).is_some(), "out of order: {ids}");
@@ -129,8 +131,9 @@ fn keys_file(keys: &[&str]) -> tempfile::NamedTempFile {
     writeln!(file, "# keys").unwrap();
     for (n, key) in keys.iter().enumerate() {
         let digest = sha2::Sha256::digest(key.as_bytes());
-        let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-        writeln!(file, "key{n} sha256:{hex}  # {n}").unwrap();
+        write!(file, "key{n} sha256:").unwrap();
+        digest.iter().for_each(|byte| write!(file, "{byte:02x}").unwrap());
+        writeln!(file, "  # {n}").unwrap();
     }
     file
 }
@@ -440,4 +443,111 @@ fn many_clients_on_several_workers_lose_nothing() {
     assert!(engine.connections() <= 4 * 3 + 4, "{} connections for 4 places", engine.connections());
     front.holds(0, 0);
     assert_eq!(front.proxy.traffic().served, 600);
+}
+
+/// `sglangd proxy` as a process; killed at the test's end.
+struct Process(std::process::Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Process {
+    fn start(args: &[&str]) -> Self {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_sglangd"));
+        Self(command.arg("proxy").args(args).spawn().unwrap())
+    }
+
+    /// The data plane alone, on a port of the kernel's choice that was free a moment ago.
+    fn alone(engine: &Engine, more: &[&str]) -> (Self, std::net::SocketAddr) {
+        let addr = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let (listen, upstream) = (addr.to_string(), format!("http://{}", engine.addr));
+        let process = Self::start(&[&["--listen", &listen, "--upstream", &upstream], more].concat());
+        eventually("the proxy listens", || std::net::TcpStream::connect(addr).is_ok());
+        (process, addr)
+    }
+
+    fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.0.id()).unwrap());
+        nix::sys::signal::kill(pid, signal).unwrap();
+    }
+}
+
+#[test]
+fn the_data_plane_alone_drains_at_sigterm() {
+    let (engine, release) = held();
+    let (mut process, addr) = Process::alone(&engine, &["--set", "limits.max=2"]);
+    let mut open = Client::connect(addr);
+    open.send(post(CHAT, "{}"));
+    eventually("the request is with the engine", || engine.requests() == 1);
+    process.signal(nix::sys::signal::Signal::SIGTERM);
+    eventually("nothing more is admitted", || Client::ask(addr, get("/ready")).status == 503);
+    assert!(process.0.try_wait().unwrap().is_none(), "it did not wait for the open answer");
+    release.send(()).unwrap();
+    assert_eq!(open.answer().status, 200);
+    assert_eq!(process.0.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_second_signal_ends_the_data_plane_at_once() {
+    let (engine, _release) = held();
+    let (mut process, addr) = Process::alone(&engine, &[]);
+    let mut open = Client::connect(addr);
+    open.send(post(CHAT, "{}"));
+    eventually("the request is with the engine", || engine.requests() == 1);
+    process.signal(nix::sys::signal::Signal::SIGINT);
+    eventually("it drains", || Client::ask(addr, get("/ready")).status == 503);
+    process.signal(nix::sys::signal::Signal::SIGINT);
+    assert_eq!(process.0.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn streams_that_outlast_the_grace_are_cut_with_an_error_event() {
+    let engine = Engine::start(|connection| {
+        connection.request();
+        connection.send(crate::harness::engine::EVENTS);
+        connection.send(crate::harness::engine::chunk("data: one\n\n"));
+        connection.until_closed();
+    });
+    let (mut process, addr) = Process::alone(&engine, &["--grace", "1"]);
+    let mut open = Client::connect(addr);
+    open.send(post(CHAT, "{}")).until("data: one\n\n");
+    process.signal(nix::sys::signal::Signal::SIGTERM);
+    let answer = open.answer();
+    assert_eq!(answer.end, End::Broken);
+    let text = answer.text();
+    assert!(text.contains("the server is stopping") && !text.contains("[DONE]"), "{text:?}");
+    assert_eq!(process.0.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_proxy_process_ends_when_its_supervisor_is_gone() {
+    use std::os::fd::AsRawFd as _;
+
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    let (ours, theirs) = pair().unwrap();
+    fcntl(&listener, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+    fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+    let (link, listen) = (theirs.as_raw_fd().to_string(), listener.as_raw_fd().to_string());
+    let mut process = Process::start(&["--link-fd", &link, "--listen-fd", &listen]);
+    drop((listener, theirs));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (mut up, mut down) = split(ours).unwrap();
+        let Some(Up::Hello { pid, .. }) = up.next().await.unwrap() else { panic!("no hello") };
+        assert_eq!(pid, process.0.id());
+        down.send(&Down::Settings(settings())).await.unwrap();
+        down.send(&Down::Engine(view(EngineState::Ready, Some(engine.addr)))).await.unwrap();
+        eventually("it serves", || Client::ask(addr, post(CHAT, "{}")).status == 200);
+    });
+    drop(runtime);
+    assert_eq!(process.0.wait().unwrap().code(), Some(0));
+    std::net::TcpListener::bind(addr).expect("the address is free for the next sglangd");
 }

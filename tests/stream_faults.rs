@@ -227,7 +227,8 @@ fn d04_a_client_that_leaves_the_queue_frees_its_place_and_never_reaches_the_engi
             connection.request();
             connection.until_closed();
         });
-        let front = Front::with(&engine, ProxySettings { max: 1, ..settings() }, Timings::default());
+        let limits = ProxySettings { max: 1, queue_timeout_ms: 600_000, ..settings() };
+        let front = Front::with(&engine, limits, Timings::default());
         let mut first = Client::connect(front.addr);
         first.send(post(CHAT, "{}"));
         front.holds(1, 0);

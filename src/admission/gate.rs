@@ -157,7 +157,7 @@ impl Inner {
 
 enum EntryState {
     New,
-    Waiting { id: WaiterId, timer: Pin<Box<Sleep>> },
+    Waiting { id: WaiterId, ahead: usize, timer: Pin<Box<Sleep>> },
     Done,
 }
 
@@ -175,8 +175,8 @@ impl fmt::Debug for Entry {
 }
 
 impl Entry {
-    fn ticket(&self) -> Ticket {
-        Ticket { admission: self.admission.clone(), since: Instant::now(), counted: Counted::Yes }
+    fn ticket(&self, waited_behind: Option<usize>) -> Ticket {
+        Ticket { admission: self.admission.clone(), since: Instant::now(), waited_behind, counted: Counted::Yes }
     }
 
     fn arrive(&mut self) -> Poll<Result<Ticket, Refused>> {
@@ -186,11 +186,11 @@ impl Entry {
         match inner.queue.arrive(now, admission.since_epoch(self.deadline)) {
             Arrival::Admitted => {
                 self.state = EntryState::Done;
-                Poll::Ready(Ok(self.ticket()))
+                Poll::Ready(Ok(self.ticket(None)))
             }
-            Arrival::Queued { id, .. } => {
+            Arrival::Queued { id, ahead } => {
                 inner.slots.insert(id, Slot::Waiting(None));
-                self.state = EntryState::Waiting { id, timer: Box::pin(sleep_until(self.deadline)) };
+                self.state = EntryState::Waiting { id, ahead, timer: Box::pin(sleep_until(self.deadline)) };
                 Poll::Pending
             }
             refusal @ (Arrival::Full | Arrival::Hopeless) => {
@@ -216,10 +216,10 @@ impl Future for Entry {
         }
         let admission = self.admission.clone();
         let deadline = self.deadline;
-        let EntryState::Waiting { id, timer } = &mut self.state else {
+        let EntryState::Waiting { id, ahead, timer } = &mut self.state else {
             unreachable!("a future is not polled again after it ended")
         };
-        let id = *id;
+        let (id, ahead) = (*id, *ahead);
         let due = timer.as_mut().poll(cx).is_ready();
         let mut inner = admission.lock();
         if due {
@@ -254,7 +254,7 @@ impl Future for Entry {
                 });
                 drop(inner);
                 self.state = EntryState::Done;
-                Poll::Ready(outcome.map(|()| self.ticket()))
+                Poll::Ready(outcome.map(|()| self.ticket(Some(ahead))))
             }
         }
     }
@@ -287,6 +287,7 @@ enum Counted {
 pub struct Ticket {
     admission: Admission,
     since: Instant,
+    waited_behind: Option<usize>,
     counted: Counted,
 }
 
@@ -297,6 +298,11 @@ impl fmt::Debug for Ticket {
 }
 
 impl Ticket {
+    /// How many stood before this request when it began to wait; none: it did not wait.
+    pub fn waited_behind(&self) -> Option<usize> {
+        self.waited_behind
+    }
+
     /// The request did not get an answer from the engine: its time is no service time.
     pub fn was_not_served(mut self) {
         self.counted = Counted::No;
@@ -398,7 +404,7 @@ mod tests {
         tokio::time::advance(Duration::from_secs(40)).await;
         drop(ticket);
         let advice: Vec<Duration> = (0..32).map(|_| admission.retry_after()).collect();
-        assert!(advice.iter().all(|wait| (Duration::from_secs(40)..=Duration::from_secs(60)).contains(wait)));
+        assert!(advice.iter().all(|wait| (Duration::from_secs(40)..=Duration::from_mins(1)).contains(wait)));
         assert!(advice.windows(2).any(|pair| pair[0] != pair[1]), "all the refused return together");
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{sleep, timeout};
 
 use super::exit::Exit;
@@ -38,6 +38,7 @@ pub struct ProxyArgs {
     pub listen_fd: Vec<RawFd>,
 }
 
+#[allow(clippy::needless_pass_by_value)] // every subcommand has this shape
 pub fn run(args: ProxyArgs) -> Exit {
     // `serve` says in the environment how it logs; alone, people read it.
     let said = |name: &str| std::env::var(name).ok();
@@ -74,7 +75,14 @@ fn run_linked(link: RawFd, listeners: &[RawFd]) -> anyhow::Result<Exit> {
 }
 
 fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
+<<<<<<< HEAD
     let (settings, hold) = settings(&args.config)?;
+=======
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // Before anything can be connected to: a SIGTERM right after that must drain, not kill.
+    let signals = runtime.block_on(async { Signals::new() })?;
+    let settings = settings(&args.config)?;
+>>>>>>> proxy
     let (Some(listen), Some(upstream)) = (args.listen, args.upstream.as_deref()) else {
         bail!("--listen and --upstream are needed");
     };
@@ -82,15 +90,19 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let listener = TcpListener::bind(listen).with_context(|| format!("cannot listen on {listen}"))?;
     let address = listener.local_addr()?;
     let unguarded = settings.keys_file.is_none() && !address.ip().is_loopback();
-    let mut proxy = Proxy::start(vec![listener], Timings::default(), Supervision::Alone)?;
+    let mut proxy = Proxy::new(Timings::default(), Supervision::Alone);
     proxy.settings(settings).map_err(|error| Wrong(Exit::Config, error.to_string()))?;
+<<<<<<< HEAD
     proxy.engine(EngineView { hold_ms: hold.as_millis() as u64, ..ready(upstream) });
+=======
+    proxy.engine(ready(upstream));
+    proxy.listen(vec![listener])?;
+>>>>>>> proxy
     if unguarded {
         tracing::warn!(%address, "everybody who reaches this address may use the engine: set auth.keys_file");
     }
     tracing::info!(%address, engine = %upstream, "proxying");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(until_stopped(&proxy, Duration::from_secs(args.grace)))?;
+    runtime.block_on(until_stopped(&proxy, signals, Duration::from_secs(args.grace)));
     proxy.close();
     Ok(Exit::Ok)
 }
@@ -98,16 +110,33 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
 /// What the cut streams are given to reach their clients.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// Serves until SIGTERM or SIGINT, then drains within `grace`; a second signal ends at once.
-async fn until_stopped(proxy: &Proxy, grace: Duration) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    // A terminal that closes is no reason to stop.
-    let _hangup = signal(SignalKind::hangup())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    /// Caught and not looked at: a terminal that closes is no reason to stop.
+    _hangup: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            _hangup: signal(SignalKind::hangup())?,
+        })
     }
+
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Serves until SIGTERM or SIGINT, then drains within `grace`; a second signal ends at once.
+async fn until_stopped(proxy: &Proxy, mut signals: Signals, grace: Duration) {
+    signals.stop().await;
     tracing::info!("draining");
     proxy.drain();
     tokio::select! {
@@ -119,10 +148,8 @@ async fn until_stopped(proxy: &Proxy, grace: Duration) -> anyhow::Result<()> {
             // The last bytes are with the kernel; let connections close behind them.
             sleep(Duration::from_millis(20)).await;
         }
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        () = signals.stop() => {}
     }
-    Ok(())
 }
 
 /// An engine that somebody else runs is taken to be ready.

@@ -4,7 +4,6 @@
 //! to say why it died. Nothing here blocks on a slow reader: the log writer is a bounded ring of its
 //! own, facts about single batches are dropped when the supervisor is behind.
 
-use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,12 +16,14 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::engine::log::{Fact, Level, Rank, Splitter, parse};
+use crate::engine::log::{Fact, Level, Rank, Signature, Splitter, parse};
 
 /// Lines kept for the cause of death: a Python traceback of eight ranks is some 300 lines.
 const TAIL_LINES: usize = 400;
 /// Bytes kept of each of them.
 const TAIL_LINE: usize = 1024;
+/// Signatures kept; a flood of one says no more than its first hundred.
+const MAX_SIGNATURES: usize = 128;
 /// One read. Linux pipes hold 64 KiB.
 const READ: usize = 64 << 10;
 /// Lines logged in one second; more are counted and dropped. A start logs some hundred a second.
@@ -44,11 +45,18 @@ pub struct Heard {
     /// When the last "Prefill batch" or "Decode batch" line came, in milliseconds after `since`, plus 1.
     last_batch: AtomicU64,
     tail: Mutex<VecDeque<Vec<u8>>>,
+    /// What the log said of failures, oldest first; the first ones count, so it does not roll.
+    signatures: Mutex<Vec<Signature>>,
 }
 
 impl Heard {
     fn new() -> Self {
-        Self { since: Instant::now(), last_batch: AtomicU64::new(0), tail: Mutex::default() }
+        Self {
+            since: Instant::now(),
+            last_batch: AtomicU64::new(0),
+            tail: Mutex::default(),
+            signatures: Mutex::default(),
+        }
     }
 
     /// How long ago a batch was last finished; none: never.
@@ -60,6 +68,18 @@ impl Heard {
     /// The last lines, oldest first.
     pub fn tail(&self) -> Vec<Vec<u8>> {
         self.tail.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+
+    /// What the log said of failures, oldest first.
+    pub fn signatures(&self) -> Vec<Signature> {
+        self.signatures.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn blame(&self, signature: Signature) {
+        let mut signatures = self.signatures.lock().unwrap_or_else(PoisonError::into_inner);
+        if signatures.len() < MAX_SIGNATURES {
+            signatures.push(signature);
+        }
     }
 
     fn keep(&self, line: &[u8]) {
@@ -127,15 +147,12 @@ fn one(
     let line = parse(bytes);
     let text = redacted(&line.message, secrets);
     let rank = line.rank;
-    heard.keep(
-        match rank {
-            Some(rank) => Cow::Owned([format!("[{rank}] ").as_bytes(), text.as_bytes()].concat()),
-            None => Cow::Borrowed(text.as_bytes()),
-        }
-        .as_ref(),
-    );
+    heard.keep(text.as_bytes());
     if let Some(fact) = line.fact {
         let said = Said { rank, fact };
+        if let Fact::Fatal(signature) = said.fact {
+            heard.blame(signature);
+        }
         if matches!(said.fact, Fact::PrefillBatch { .. } | Fact::DecodeBatch { .. }) {
             let at = heard.since.elapsed().as_millis() as u64 + 1;
             heard.last_batch.store(at, Ordering::Relaxed);
@@ -226,7 +243,7 @@ mod tests {
         }
         assert_eq!(rx.recv().await.map(|said| said.fact), Some(Fact::Ready));
         let tail = heard.tail();
-        assert_eq!(String::from_utf8_lossy(&tail[0]), "[TP0] key is (redacted)");
+        assert_eq!(String::from_utf8_lossy(&tail[0]), "key is (redacted)");
     }
 
     #[tokio::test]

@@ -32,8 +32,16 @@ pub enum End {
 /// The data plane under a supervisor. Returns when the link ends, with everything closed.
 pub fn linked(listeners: Vec<TcpListener>, link: UnixStream) -> Result<(), End> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let proxy = Proxy::start(listeners, Timings::default(), Supervision::Linked)?;
-    runtime.block_on(control(proxy, link))
+    let mut proxy = Proxy::new(Timings::default(), Supervision::Linked);
+    proxy.listen(listeners)?;
+    match runtime.block_on(control(proxy, link)) {
+        // A supervisor that dies with messages unread resets the link: that is its end too.
+        Err(End::Link(LinkError::Io(error))) => {
+            tracing::debug!(%error, "the link ended");
+            Ok(())
+        }
+        outcome => outcome,
+    }
 }
 
 async fn control(mut proxy: Proxy, link: UnixStream) -> Result<(), End> {

@@ -250,11 +250,10 @@ mod tests {
 
     fn shape(refusal: Refusal) -> String {
         let response = refusal.into_response();
-        let mut text = format!("{}\n", response.status());
-        for (name, value) in response.headers() {
-            text.push_str(&format!("{name}: {}\n", value.to_str().expect("text")));
-        }
-        text + std::str::from_utf8(response.body()).expect("text")
+        let fields = response.headers().iter();
+        let fields: Vec<String> =
+            fields.map(|(name, value)| format!("{name}: {}\n", value.to_str().expect("text"))).collect();
+        format!("{}\n{}", response.status(), fields.concat()) + std::str::from_utf8(response.body()).expect("text")
     }
 
     #[test]

@@ -11,8 +11,10 @@ use http::StatusCode;
 pub const MAX_HEAD: usize = 64 * 1024;
 /// Longest request target.
 pub const MAX_TARGET: usize = 8 * 1024;
+/// Longest request line: the target, a method and a version around it.
+pub const MAX_LINE: usize = MAX_TARGET + 64;
 /// Most header lines.
-pub const MAX_LINES: usize = 100;
+const MAX_LINES: usize = 100;
 /// Bytes of chunk extensions that one body may carry; nobody uses them but for attacks.
 const MAX_EXTENSIONS: u32 = 1024;
 /// Bytes of trailers that one body may carry. They are dropped anyway.
@@ -225,7 +227,7 @@ fn head(bytes: &[u8]) -> Result<Option<(usize, Framing)>, Violation> {
     let mut lines = Lines { bytes, at: skipped };
     let Some(line) = lines.next_line()? else {
         // What can be said of a line that has no end yet.
-        if bytes.len() - skipped > MAX_TARGET + 64 {
+        if bytes.len() > MAX_LINE {
             return Err(too_long_target());
         }
         return Ok(None);

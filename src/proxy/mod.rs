@@ -46,7 +46,7 @@ pub enum ProxyError {
     Worker(io::Error),
 }
 
-/// A running data plane. Accepts from its start; knows no engine until told.
+/// A data plane. It knows no engine, and passes nothing, until it is told.
 #[derive(Debug)]
 pub struct Proxy {
     shared: Arc<Shared>,
@@ -55,14 +55,19 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Starts with one worker, so that clients are answered before anything else is known.
-    pub fn start(listeners: Vec<TcpListener>, timings: Timings, supervision: Supervision) -> Result<Self, ProxyError> {
+    /// A proxy without listeners: to be told what it should know, and then to [`Self::listen`].
+    pub fn new(timings: Timings, supervision: Supervision) -> Self {
+        Self { shared: Shared::new(timings, supervision), listeners: Vec::new(), workers: Vec::new() }
+    }
+
+    /// Accepts from now on. Before its first settings the proxy has one worker, so that clients are
+    /// answered before anything else is known.
+    pub fn listen(&mut self, listeners: Vec<TcpListener>) -> Result<(), ProxyError> {
         for listener in &listeners {
             listener.set_nonblocking(true).map_err(ProxyError::Worker)?;
         }
-        let mut proxy = Self { shared: Shared::new(timings, supervision), listeners, workers: Vec::new() };
-        proxy.grow(1)?;
-        Ok(proxy)
+        self.listeners = listeners;
+        self.grow(self.shared.snapshot().settings.workers)
     }
 
     /// Takes new settings, or says why the old ones stay. More workers are started, fewer only by a
@@ -74,7 +79,7 @@ impl Proxy {
     }
 
     fn grow(&mut self, workers: usize) -> Result<(), ProxyError> {
-        while self.workers.len() < workers {
+        while !self.listeners.is_empty() && self.workers.len() < workers {
             let listeners: io::Result<Vec<_>> = self.listeners.iter().map(TcpListener::try_clone).collect();
             let listeners = listeners.map_err(ProxyError::Worker)?;
             let shared = Arc::clone(&self.shared);

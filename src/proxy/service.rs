@@ -52,12 +52,12 @@ pub struct Left;
 /// Why a request comes to no answer of the engine.
 enum Stop {
     Left,
-    Refused(Refusal),
+    Refused(Box<Refusal>),
 }
 
 impl From<Refusal> for Stop {
     fn from(refusal: Refusal) -> Self {
-        Self::Refused(refusal)
+        Self::Refused(Box::new(refusal))
     }
 }
 
@@ -97,7 +97,7 @@ async fn decide(
         Decision::Engine(route) => route,
         Decision::Own(own) => {
             *label = Label::OWN;
-            return own_answer(peer, own, &parts.method).map_err(Stop::Refused);
+            return own_answer(peer, own, &parts.method);
         }
         Decision::Ambiguous => return Err(Refusal::ambiguous_path().into()),
         Decision::Forbidden => return Err(Refusal::forbidden(path).into()),
@@ -289,6 +289,9 @@ fn relay(peer: &Peer, route: &Route, answered: Answered, ticket: Ticket, upstrea
     *response.status_mut() = head.status;
     *response.headers_mut() = head.headers;
     let headers = response.headers_mut();
+    if let Some(ahead) = ticket.waited_behind() {
+        headers.insert("x-sglangd-queue-position", HeaderValue::from(ahead as u64 + 1));
+    }
     if sent == Sent::Partly {
         // What the client still sends belongs to a request that is over.
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
@@ -324,26 +327,26 @@ fn is_stream(headers: &HeaderMap) -> bool {
 const GET: &[Method] = &[Method::GET, Method::HEAD];
 
 /// Liveness, health and readiness: never the engine's word.
-fn own_answer(peer: &Peer, own: Own, method: &Method) -> Result<Response<Answer>, Refusal> {
+fn own_answer(peer: &Peer, own: Own, method: &Method) -> Result<Response<Answer>, Stop> {
     if !GET.contains(method) {
-        return Err(Refusal::wrong_method(GET));
+        return Err(Refusal::wrong_method(GET).into());
     }
     let shared = &peer.worker.shared;
     if own == Own::Live {
         if shared.supervision == Supervision::Linked && shared.silence() > SUPERVISOR_SILENCE {
-            return Err(Refusal::stuck_supervisor());
+            return Err(Refusal::stuck_supervisor().into());
         }
         return Ok(ok(r#"{"live":true}"#.to_owned()));
     }
     let snapshot = shared.snapshot();
     let view = snapshot.engine.as_ref();
     if own == Own::Ready && snapshot.mode != Mode::Serving {
-        return Err(Refusal::draining());
+        return Err(Refusal::draining().into());
     }
     match view {
-        Some(view) if own == Own::Ready && view.suspected => Err(Refusal::suspected(view)),
+        Some(view) if own == Own::Ready && view.suspected => Err(Refusal::suspected(view).into()),
         Some(view) if view.state.gate() == Gate::Open => Ok(ok(format!(r#"{{"state":"{}"}}"#, view.state.name()))),
-        view => Err(Refusal::engine(view)),
+        view => Err(Refusal::engine(view).into()),
     }
 }
 

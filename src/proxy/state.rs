@@ -48,7 +48,7 @@ pub struct Timings {
 
 impl Default for Timings {
     fn default() -> Self {
-        Self { client: Patience::default(), engine_silence: Duration::from_secs(900) }
+        Self { client: Patience::default(), engine_silence: Duration::from_mins(15) }
     }
 }
 

@@ -20,7 +20,7 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
-use super::framing::{Checker, Step, Violation};
+use super::framing::{Checker, MAX_HEAD, MAX_LINE, Step, Violation};
 
 thread_local! {
     /// The one read buffer of a worker, for clients and engine alike: nothing stays in it between
@@ -79,8 +79,8 @@ impl Default for Patience {
         Self {
             head: Duration::from_secs(10),
             idle: Duration::from_secs(75),
-            body: Duration::from_secs(60),
-            write: Duration::from_secs(60),
+            body: Duration::from_mins(1),
+            write: Duration::from_mins(1),
         }
     }
 }
@@ -176,6 +176,7 @@ pub struct Tap {
     /// Since when a head is awaited, or its rest.
     head_timer: Option<Pin<Box<Sleep>>>,
     waiting: Waiting,
+    news: News,
     write_timer: Option<Pin<Box<Sleep>>>,
     stopped: Stopped,
 }
@@ -185,6 +186,21 @@ enum Waiting {
     No,
     ForFirstByte,
     ForHead,
+}
+
+/// Whether the bytes that came last can change what the checker says of a head that is not whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum News {
+    None,
+    Some,
+}
+
+/// A head is judged again when a line ends or a limit is passed, not for each byte of a client that
+/// sends them one by one: that would cost the square of its length.
+fn news(before: usize, bytes: &[u8]) -> News {
+    let after = before + bytes.len();
+    let passed = |limit: usize| before <= limit && limit < after;
+    if bytes.contains(&b'\n') || passed(MAX_LINE) || passed(MAX_HEAD) { News::Some } else { News::None }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -209,6 +225,7 @@ impl Tap {
             held: Vec::new(),
             head_timer: None,
             waiting: Waiting::No,
+            news: News::None,
             write_timer: None,
             stopped: Stopped::No,
         }
@@ -224,8 +241,7 @@ impl Tap {
                 break;
             }
             match self.checker.step(&bytes[done..], out.remaining()) {
-                Step::More => break,
-                Step::Pass(0) => break,
+                Step::More | Step::Pass(0) => break,
                 Step::Pass(n) => {
                     out.put_slice(&bytes[done..done + n]);
                     done += n;
@@ -315,7 +331,8 @@ impl Read for Tap {
                 // What else comes is not read: the connection closes behind the refusal.
                 return Poll::Pending;
             }
-            if !this.held.is_empty() {
+            if !this.held.is_empty() && (this.news == News::Some || this.waiting != Waiting::ForHead) {
+                this.news = News::None;
                 let held = std::mem::take(&mut this.held);
                 let (done, passed) = this.pass(&held, &mut out);
                 this.held = held;
@@ -344,9 +361,11 @@ impl Read for Tap {
                     if passed == Passed::Some {
                         return Poll::Ready(Ok::<_, io::Error>(Some(())));
                     }
+                    this.news = News::None;
                 } else {
+                    let before = this.held.len();
                     this.held.extend_from_slice(bytes);
-                    return Poll::Ready(Ok(None));
+                    this.news = news(before, bytes);
                 }
                 Poll::Ready(Ok(if read == 0 { Some(()) } else { None }))
             });

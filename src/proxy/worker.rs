@@ -23,7 +23,7 @@ use tokio::runtime::{Builder, LocalOptions};
 use tokio::task::{spawn_local, yield_now};
 use tokio::time::{Instant, sleep};
 
-use super::framing::{MAX_HEAD, MAX_LINES};
+use super::framing::MAX_HEAD;
 use super::metrics::Counters;
 use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
@@ -55,13 +55,9 @@ impl std::fmt::Debug for Worker {
 impl Worker {
     fn new(shared: Arc<Shared>, counters: Arc<Counters>) -> Rc<Self> {
         let mut http = http1::Builder::new();
-        // The head's clock, the lines' limit and the head's size are the tap's, which can say why;
-        // hyper's own stand a little behind them. Half-closed connections are left to `poll_left`.
-        http.half_close(true)
-            .header_read_timeout(None)
-            .max_headers(MAX_LINES + 1)
-            .max_buf_size(MAX_HEAD + 1024)
-            .auto_date_header(true);
+        // The head's clock, its lines (100, as hyper's default) and its size are the tap's, which can
+        // say why; hyper's own stand a little behind. Half-closed connections are `poll_left`'s.
+        http.half_close(true).header_read_timeout(None).max_buf_size(MAX_HEAD + 1024).auto_date_header(true);
         Rc::new(Self {
             engine_silence: shared.timings.engine_silence,
             shared,

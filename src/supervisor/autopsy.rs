@@ -3,7 +3,10 @@
 use std::io;
 
 use super::cause::Cause;
+use super::step::{Failure, Retry};
 use crate::cli::exit::Exit;
+use crate::engine::death::{self, Evidence, ExitRow, How, Reached};
+use crate::engine::log::Signature;
 use crate::launch::reaper::Ended;
 
 /// The program could not be started at all.
@@ -36,17 +39,42 @@ pub fn not_started(program: &str, error: &io::Error) -> Cause {
     }
 }
 
-/// It died, or was given up.
-pub fn examine(ended: Option<Ended>, phase: &str, tail: &[Vec<u8>], verdict: Option<String>) -> Cause {
-    if let Some(sentence) = verdict {
-        return Cause::passing("hang", Exit::CrashLoop.code(), sentence, "");
+/// What was found with a dead or hung engine.
+#[derive(Debug)]
+pub struct Found {
+    pub ended: Option<Ended>,
+    pub reached: Reached,
+    pub tail: Vec<Vec<u8>>,
+    pub signatures: Vec<Signature>,
+    /// The supervisor's own judgement, where it ended a living engine.
+    pub verdict: Option<String>,
+}
+
+/// One class, one sentence, one piece of advice. `before`: the class of the start before this one, if
+/// no engine was ready in between.
+pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {
+    let how = match (found.ended, &found.verdict) {
+        (Some(Ended::Exited(code)), _) => How::Exited(code),
+        (Some(Ended::Signaled(signal)), _) => How::Signaled(signal),
+        (None, _) => How::Hung,
+    };
+    let evidence =
+        Evidence { how, reached: found.reached, tail: &found.tail, signatures: &found.signatures, oom_kill: None };
+    let cause = death::classify(&evidence);
+    let exit = match cause.exit {
+        ExitRow::Weights => Exit::Weights,
+        ExitRow::Engine => Exit::Engine,
+        ExitRow::CrashLoop => Exit::CrashLoop,
+    };
+    let class = cause.class.name();
+    let retry = match cause.retry {
+        death::Retry::Never => Retry::Never,
+        death::Retry::Once if before == Some(class) => Retry::Never,
+        death::Retry::Once | death::Retry::Backoff => Retry::Backoff,
+    };
+    Cause {
+        failure: Failure { class, retry, exit: exit.code() },
+        sentence: found.verdict.clone().unwrap_or(cause.sentence),
+        advice: cause.advice.to_owned(),
     }
-    let how = ended.map_or_else(|| "its end was not seen".to_owned(), |ended| ended.to_string());
-    let last = tail.last().map(|line| String::from_utf8_lossy(line).into_owned()).unwrap_or_default();
-    Cause::passing(
-        "crash",
-        Exit::CrashLoop.code(),
-        format!("The engine died while {phase} ({how}). Last line: {last}"),
-        "",
-    )
 }

@@ -47,6 +47,9 @@ const STEPS: usize = 16;
 /// How often the driver looks at everything by itself.
 const BEAT: Duration = Duration::from_secs(1);
 
+/// Stop signals closer together than this are one; nobody presses Ctrl-C twice so fast.
+const ONE_WISH: Duration = Duration::from_millis(100);
+
 /// What the driver's own tasks report.
 #[derive(Debug)]
 enum Report {
@@ -133,6 +136,7 @@ pub struct Driver {
     ranks: Vec<RankStatus>,
     warnings: Vec<String>,
     pulse: duty::PulseState,
+    stop_asked: Option<Instant>,
     exit: Option<u8>,
 }
 
@@ -218,6 +222,7 @@ impl Driver {
             ranks: Vec::new(),
             warnings,
             pulse: duty::PulseState::default(),
+            stop_asked: None,
             exit: None,
         };
         (driver, outlook)
@@ -286,7 +291,9 @@ impl Driver {
                     engine.ranks = named.iter().map(|(_, stat)| stat.clone()).collect();
                     self.ranks = named.into_iter().map(|(name, _)| name).collect();
                 }
+                self.loading.ready();
                 self.pulse.passed();
+                self.pulse.served = true;
             }
             _ => {}
         }
@@ -294,7 +301,11 @@ impl Driver {
 
     async fn wished(&mut self, wish: Wish) {
         match wish {
+            // Terminals, `timeout` and container runtimes signal a process and its group: two signals
+            // so close are one wish.
+            Wish::Stop if self.stop_asked.is_some_and(|at| at.elapsed() < ONE_WISH) => {}
             Wish::Stop => {
+                self.stop_asked.get_or_insert_with(Instant::now);
                 if self.machine.stopping() {
                     tracing::warn!("asked again to stop: not waiting any longer");
                 } else {
@@ -319,14 +330,14 @@ impl Driver {
     fn publish(&mut self) {
         let stuck = self.stuck.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         let half = self.half_view.borrow().clone();
-        let now = self.now();
+        let phase = self.loading.phase(&self.machine.state);
         let facts = Facts {
             machine: &self.machine,
             config: &self.means.loaded.config,
             config_files: &self.means.loaded.files,
-            phase: self.loading.phase(&self.machine.state),
+            phase: &phase,
             percent: self.loading.percent(&self.machine.state, self.weights.as_ref()),
-            eta_seconds: self.loading.eta_seconds(&self.machine, now),
+            eta_seconds: self.loading.eta_seconds(&self.machine.state),
             cause: self.cause.as_ref(),
             stuck: &stuck,
             engine: self.engine.as_ref(),

@@ -74,7 +74,7 @@ impl Client {
     }
 
     fn more(&mut self) -> More {
-        let mut buffer = [0; 64 * 1024];
+        let mut buffer = [0; 16 * 1024];
         match self.stream.read(&mut buffer) {
             Ok(0) => More::Fin,
             Ok(read) => {

@@ -44,7 +44,9 @@ impl Front {
     pub fn unaware(timings: Timings) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let addr = listener.local_addr().unwrap();
-        Self { addr, proxy: Proxy::start(vec![listener], timings, Supervision::Alone).unwrap() }
+        let mut proxy = Proxy::new(timings, Supervision::Alone);
+        proxy.listen(vec![listener]).unwrap();
+        Self { addr, proxy }
     }
 
     pub fn with(engine: &Engine, settings: ProxySettings, timings: Timings) -> Self {

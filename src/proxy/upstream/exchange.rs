@@ -18,7 +18,7 @@ use http::Method;
 use http_body::Body as _;
 use hyper::body::Incoming;
 use tokio::net::TcpStream;
-use tokio::time::{Sleep, sleep, timeout};
+use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::head::{self, BadHead, Head, Reuse};
 use super::{Connection, History, Pool, connect};
@@ -31,6 +31,9 @@ const KEPT: usize = 64 * 1024;
 /// Bytes of a body that are read while its request waits for a place. A client's FIN stands behind
 /// its bytes: a body left in the socket's buffer hides that the client is gone.
 const AHEAD: usize = 256 * 1024;
+/// An engine that closes an idle connection does it in the moment we write. One that thought for
+/// longer died of something, perhaps of this request: it is not given it again.
+const RACE: Duration = Duration::from_secs(1);
 /// After a write failed, how long an answer that explains it may take to be read.
 const EXPLANATION: Duration = Duration::from_millis(500);
 
@@ -228,18 +231,18 @@ pub async fn exchange(
     body: &mut Outgoing,
 ) -> Result<Answered, Failure> {
     let mut connection = pool.take(engine);
+    let since = Instant::now();
     loop {
-        let Connection { stream, history } = match connection.take() {
-            Some(connection) => connection,
-            None => {
-                counters.upstream_connects.fetch_add(1, Relaxed);
-                connect(engine).await.map_err(Failure::Unreachable)?
-            }
+        let Connection { stream, history } = if let Some(connection) = connection.take() {
+            connection
+        } else {
+            counters.upstream_connects.fetch_add(1, Relaxed);
+            connect(engine).await.map_err(Failure::Unreachable)?
         };
         match attempt(stream, method, head, body).await {
             Ok(answered) => return Ok(answered),
             Err(Broke { failure: Failure::Broken(_), answer: Begun::No })
-                if history == History::Reused && body.rewind().is_some() =>
+                if history == History::Reused && since.elapsed() < RACE && body.rewind().is_some() =>
             {
                 counters.upstream_retries.fetch_add(1, Relaxed);
             }

@@ -6,15 +6,16 @@ use rand::Rng;
 
 use super::{Driver, Report};
 use crate::cli::exit::Exit;
+use crate::engine::death::Reached;
 use crate::health::probe;
 use crate::launch::record::Record;
 use crate::supervisor::acquire::acquire;
-use crate::supervisor::autopsy;
+use crate::supervisor::autopsy::{self, Found};
 use crate::supervisor::cause::Cause;
-use crate::supervisor::loading::Loading;
+use crate::supervisor::loading::{Loading, Memory};
 use crate::supervisor::prepare::{Ingredients, prepare};
 use crate::supervisor::running::{End, Notice, launch};
-use crate::supervisor::step::{Action, Event, Machine, State};
+use crate::supervisor::step::{Action, Check, Event, Machine, State};
 
 /// What clients read whose stream is cut by a stop.
 const CUT_REASON: &str = "The server is shutting down; the answer is incomplete. Try again.";
@@ -102,7 +103,6 @@ impl Driver {
             }
         });
         let program = prepared.spec.argv.first().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
-        let secrets = prepared.secrets.clone();
         let launched = launch(*prepared, &self.spawner, &self.means.folders.runtime, self.said.clone(), notices).await;
         match launched {
             Ok((engine, record)) => {
@@ -115,7 +115,8 @@ impl Driver {
                     );
                     self.guard = None;
                 }
-                drop(secrets);
+                let memory = Memory::of(&self.means.folders.state, &engine.spec);
+                self.loading.launched(self.config().engine.tp, memory);
                 self.engine = Some(engine);
                 Box::pin(self.on(Event::Launched)).await;
             }
@@ -144,16 +145,17 @@ impl Driver {
         };
         engine.stop_watching();
         let reports = self.reports.clone();
-        let phase = self.loading.reached();
-        let judged = self.pulse.judged.take();
-        // The engine goes back to the driver for its end; only its last words are waited for here.
+        let reached = if self.pulse.served { Reached::Ready } else { self.loading.reached() };
         let words = engine.take_last_words();
-        let ended = engine.ended;
-        let verdict = judged.or_else(|| self.start_verdict());
+        let (ended, heard) = (engine.ended, Arc::clone(&engine.heard));
+        // The engine goes back to the driver for its end; only its last words are waited for here.
         self.engine = Some(engine);
+        let verdict = self.pulse.judged.take().or_else(|| self.start_verdict());
+        let before = self.cause.as_ref().map(|cause| cause.failure.class);
         tokio::spawn(async move {
             let tail = words.await;
-            let _ = reports.send(Report::Examined(autopsy::examine(ended, &phase, &tail, verdict))).await;
+            let found = Found { ended, reached, tail, signatures: heard.signatures(), verdict };
+            let _ = reports.send(Report::Examined(autopsy::examine(&found, before))).await;
         });
     }
 
@@ -163,12 +165,13 @@ impl Driver {
             return None;
         }
         let start = &self.config().start;
-        Some(format!(
-            "The engine's start made no progress for {} s, or took longer than {} s, while {}.",
-            start.stall.as_secs(),
-            start.limit.as_secs(),
-            self.loading.reached()
-        ))
+        let engine = self.engine.as_ref()?;
+        let phase = self.loading.phase(&State::Loading { since: 0, progress: 0, check: Check::Waiting });
+        Some(if engine.since.elapsed() >= start.limit {
+            format!("The engine's start took longer than start.limit ({} s); it was {phase}.", start.limit.as_secs())
+        } else {
+            format!("The engine's start made no progress for start.stall ({} s) while {phase}.", start.stall.as_secs())
+        })
     }
 
     fn kill(&mut self) {

@@ -31,6 +31,8 @@ pub struct PulseState {
     /// Why it is called hung, until the examination takes it.
     pub judged: Option<String>,
     pub suspected: Option<Duration>,
+    /// This engine was ready once.
+    pub served: bool,
 }
 
 impl Default for PulseState {
@@ -43,6 +45,7 @@ impl Default for PulseState {
             waiting_since: None,
             judged: None,
             suspected: None,
+            served: false,
         }
     }
 }
