@@ -51,6 +51,8 @@ impl Podman {
         podman.does(&[
             "build",
             "--quiet",
+            // One layer: the plain-folder store copies the whole base for each.
+            "--layers=false",
             "--build-arg",
             "BASE=localhost/base",
             "--tag",
