@@ -60,7 +60,7 @@ pub(super) async fn answer(request: &Request<Incoming>, state: &Arc<State>) -> R
         _ => {}
     }
     match asked {
-        Asked::Info { repo, revision } => info(state, &repo, &revision).await,
+        Asked::Info { repo, revision } => info(state, &repo, &revision),
         Asked::Tree { revision } => {
             tree(state, &revision, request.uri().query().unwrap_or(""), request.uri().path()).await
         }
@@ -136,7 +136,7 @@ fn no_revision() -> Response<Body> {
     answer
 }
 
-async fn info(state: &State, repo: &str, revision: &str) -> Response<Body> {
+fn info(state: &State, repo: &str, revision: &str) -> Response<Body> {
     let Some((commit, files)) = commit(state, revision) else { return no_revision() };
     let mut siblings = Vec::new();
     for file in files.iter() {

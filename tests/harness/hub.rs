@@ -29,6 +29,7 @@ pub struct Site {
     dir: tempfile::TempDir,
 }
 
+#[allow(clippy::unused_self)] // verbs read better with their subject: `site.assert_right(…)`
 impl Site {
     pub async fn new() -> Self {
         Self::with(small_model(), Options::default()).await
