@@ -66,7 +66,13 @@ pub(super) async fn answer(request: &Request<Incoming>, state: &Arc<State>) -> R
         }
         Asked::Resolve { revision, file } => resolve(request, state, &revision, &file, fault).await,
         Asked::Cdn { commit, file } => match find(state, &commit, &file) {
-            Some((_, file)) => content(request, state, file, fault).await,
+            Some((commit, file)) => {
+                let mut answer = content(request, state, file, fault).await;
+                // huggingface_hub follows a redirect to another port of the same host where it means to read
+                // the first answer's headers; the real CDN has a name of its own.
+                put(&mut answer, "x-repo-commit", &commit);
+                answer
+            }
             None => text(404, "text/plain", "no such file"),
         },
         Asked::Nothing => text(404, "text/plain", "no such page"),
