@@ -55,6 +55,7 @@ enum Ended {
     Signal(i32),
 }
 
+#[allow(clippy::needless_pass_by_value)] // every subcommand is given its arguments whole
 pub fn run(args: FetchArgs) -> Exit {
     let mut show = match Show::new(args.progress_fd) {
         Ok(show) => show,

@@ -252,7 +252,7 @@ async fn run(
     for repo in planned {
         let shared = repo.hub.as_ref().map(|hub| {
             Arc::new(Repo {
-                repo: repo.request.repo.clone(),
+                id: repo.request.repo.clone(),
                 commit: repo.plan.commit.clone(),
                 cache: repo.cache.clone(),
                 hub: hub.clone(),
