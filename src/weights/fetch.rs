@@ -2,6 +2,7 @@
 //! once, then the ref and the marker. How one file comes is `transfer`'s.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +39,13 @@ pub struct PlannedRepo {
     hub: Option<Hub>,
     listing: Listing,
     access: Access,
+}
+
+impl PlannedRepo {
+    /// Where the snapshot lies or will lie.
+    pub fn folder(&self) -> PathBuf {
+        self.cache.snapshot(&self.plan.commit)
+    }
 }
 
 /// Finds out what is to be fetched and whether it can be, without writing anything.
