@@ -33,9 +33,6 @@ use super::worker::Worker;
 use crate::admission::{Refused, Ticket};
 use crate::link::{EngineView, Gate, Upstream};
 
-/// A supervisor that said nothing for this long is stuck: it speaks each second.
-const SUPERVISOR_SILENCE: Duration = Duration::from_secs(10);
-
 /// Who asks, and over what.
 #[derive(Debug)]
 pub struct Peer {
@@ -333,7 +330,7 @@ fn own_answer(peer: &Peer, own: Own, method: &Method) -> Result<Response<Answer>
     }
     let shared = &peer.worker.shared;
     if own == Own::Live {
-        if shared.supervision == Supervision::Linked && shared.silence() > SUPERVISOR_SILENCE {
+        if shared.supervision == Supervision::Linked && shared.silence() > shared.timings.supervisor_silence {
             return Err(Refusal::stuck_supervisor().into());
         }
         return Ok(ok(r#"{"live":true}"#.to_owned()));
