@@ -4,6 +4,7 @@
 
 mod harness;
 
+mod config_proof;
 mod container;
 mod real_engine;
 mod systemd;

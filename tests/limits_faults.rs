@@ -328,8 +328,8 @@ fn health_and_readiness_tell_busy_from_suspected_and_draining() {
 fn held_requests_pass_in_order_when_the_engine_becomes_ready() {
     let engine = Engine::answering(json("200 OK", "{}"));
     let mut front = Front::unaware(Timings::default());
-    front.proxy.settings(ProxySettings { max: 1, hold_ms: 10_000, queue: 2, ..settings() }).unwrap();
-    front.proxy.engine(loading());
+    front.proxy.settings(ProxySettings { max: 1, queue: 2, ..settings() }).unwrap();
+    front.proxy.engine(EngineView { hold_ms: 10_000, ..loading() });
     let mut clients = Vec::new();
     for n in 0..2 {
         let mut client = Client::connect(front.addr);
@@ -348,8 +348,8 @@ fn held_requests_pass_in_order_when_the_engine_becomes_ready() {
 #[test]
 fn held_requests_are_told_when_the_engine_will_not_return() {
     let mut front = Front::unaware(Timings::default());
-    front.proxy.settings(ProxySettings { hold_ms: 10_000, ..settings() }).unwrap();
-    front.proxy.engine(loading());
+    front.proxy.settings(settings()).unwrap();
+    front.proxy.engine(EngineView { hold_ms: 10_000, ..loading() });
     let mut client = Client::connect(front.addr);
     client.send(post(CHAT, "{}"));
     front.holds(0, 1);
@@ -364,8 +364,8 @@ fn held_requests_are_told_when_the_engine_will_not_return() {
 #[test]
 fn a_hold_has_an_end() {
     let mut front = Front::unaware(Timings::default());
-    front.proxy.settings(ProxySettings { hold_ms: 100, ..settings() }).unwrap();
-    front.proxy.engine(loading());
+    front.proxy.settings(settings()).unwrap();
+    front.proxy.engine(EngineView { hold_ms: 100, ..loading() });
     let answer = Client::ask(front.addr, post(CHAT, "{}"));
     assert_eq!((answer.status, answer.code().as_str()), (503, "engine_loading"));
 }

@@ -1,12 +1,166 @@
-//! `sglangd fetch`: the model onto the disk.
+//! `sglangd fetch`: the model onto the disk. A person's command and the child process of `serve` alike: the only
+//! process that holds the hub's token.
+
+mod show;
+
+use std::path::PathBuf;
 
 use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::exit::Exit;
+use crate::config::{Download, LogFormat};
+use crate::observe::logging;
+use crate::weights::{self, FetchError, Progress, RepoRequest, Request, Retry, Settings, Snapshot};
+
+use show::Show;
+
+/// Workers of the runtime: streams and their bookkeeping; disk and hashing have threads of their own.
+const WORKERS: usize = 2;
 
 #[derive(Debug, Args)]
-pub struct FetchArgs {}
+pub struct FetchArgs {
+    /// The repository, e.g. deepseek-ai/DeepSeek-V4-Pro [default: the configuration's].
+    pub repo: Option<String>,
+    /// A branch, a tag or a commit.
+    #[arg(long, value_name = "R", default_value = "main")]
+    pub revision: String,
+    /// The Hugging Face cache folder [default: HF_HUB_CACHE, HF_HOME/hub, ~/.cache/huggingface/hub].
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// The hub's address [default: HF_ENDPOINT, else the public hub].
+    #[arg(long, value_name = "URL")]
+    pub endpoint: Option<String>,
+    /// Only say what would be fetched.
+    #[arg(long)]
+    pub plan: bool,
+    /// Answer in JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub config: super::ConfigArgs,
+    /// A whole request, as `serve` makes it.
+    #[arg(long, value_name = "JSON", hide = true, conflicts_with_all = ["repo", "cache", "endpoint"])]
+    pub request: Option<String>,
+    /// Report progress as JSON lines on this inherited descriptor, a pipe.
+    #[arg(long, value_name = "N", hide = true)]
+    pub progress_fd: Option<u32>,
+}
 
-pub fn run(_args: FetchArgs) -> Exit {
-    Exit::Bug
+/// How a fetch ended.
+enum Ended {
+    Fetched(Vec<Snapshot>),
+    Planned(Vec<weights::PlannedRepo>),
+    Failed(FetchError),
+    Signal(i32),
+}
+
+pub fn run(args: FetchArgs) -> Exit {
+    let mut show = match Show::new(args.progress_fd) {
+        Ok(show) => show,
+        Err(error) => {
+            eprintln!("sglangd fetch: --progress-fd: {error}");
+            return Exit::Usage;
+        }
+    };
+    let _log = logging::init(LogFormat::Text, show.log_level());
+    let request = match request(&args) {
+        Ok(request) => request,
+        Err((message, exit)) => {
+            eprintln!("sglangd fetch: {message}");
+            return exit;
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("sglangd fetch: no threads: {error}");
+            return Exit::Bug;
+        }
+    };
+    let only_plan = args.plan;
+    let ended = runtime.block_on(async {
+        let settings = match Settings::resolve(&request, |name| std::env::var(name).ok()) {
+            Ok(settings) => settings,
+            Err(error) => return Ended::Failed(error),
+        };
+        let work = async {
+            if only_plan {
+                return weights::prepare(&request, &settings).await.map(Ended::Planned);
+            }
+            weights::fetch(&request, &settings, &mut |progress| show.progress(progress)).await.map(Ended::Fetched)
+        };
+        tokio::select! {
+            ended = work => ended.unwrap_or_else(Ended::Failed),
+            number = stopped() => Ended::Signal(number),
+        }
+    });
+    // A thread that hashes or waits for the disk is not waited for: what it writes is a resumable beginning.
+    runtime.shutdown_background();
+    show.clear();
+    conclude(ended, &mut show, args.json)
+}
+
+fn conclude(ended: Ended, show: &mut Show, json: bool) -> Exit {
+    match ended {
+        Ended::Fetched(snapshots) => {
+            if json {
+                println!("{}", serde_json::json!(snapshots));
+            } else {
+                for snapshot in &snapshots {
+                    println!("{}", snapshot.path.display());
+                }
+            }
+            Exit::Ok
+        }
+        Ended::Planned(planned) => {
+            show::plan(&planned, json);
+            Exit::Ok
+        }
+        Ended::Failed(error) => {
+            let retry_after_seconds = match error.class() {
+                Retry::Yes { after } => Some(after.as_secs()),
+                Retry::No => None,
+            };
+            show.progress(Progress::Failed {
+                class: error.name().to_owned(),
+                retry_after_seconds,
+                message: error.to_string(),
+            });
+            eprintln!("sglangd fetch: {error}");
+            Exit::Weights
+        }
+        Ended::Signal(number) => {
+            eprintln!("sglangd fetch: stopped by a signal; what was fetched is kept, the next fetch goes on there");
+            Exit::Signal(number)
+        }
+    }
+}
+
+/// The number of the signal that asks to stop; never, where signals cannot be had.
+async fn stopped() -> i32 {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => libc::SIGTERM,
+        _ = int.recv() => libc::SIGINT,
+    }
+}
+
+/// What is asked for: `--request`, the repository named, else the configuration's model.
+fn request(args: &FetchArgs) -> Result<Request, (String, Exit)> {
+    if let Some(json) = &args.request {
+        return serde_json::from_str(json).map_err(|error| (format!("--request is no request: {error}"), Exit::Usage));
+    }
+    let Some(repo) = &args.repo else {
+        return Err(("name a repository: sglangd fetch OWNER/NAME".to_owned(), Exit::Usage));
+    };
+    Ok(Request {
+        repos: vec![RepoRequest::model(repo, &args.revision)],
+        cache: args.cache.clone(),
+        endpoint: args.endpoint.clone(),
+        download: Download::Auto,
+    })
 }

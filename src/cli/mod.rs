@@ -59,6 +59,16 @@ pub struct ConfigArgs {
     pub set: Vec<String>,
 }
 
+impl ConfigArgs {
+    /// These and this process's environment, folder and user.
+    pub fn sources(&self, missing: crate::config::WhenMissing) -> crate::config::Sources {
+        let mut sources = crate::config::Sources::here(missing);
+        sources.files.clone_from(&self.config);
+        sources.set.clone_from(&self.set);
+        sources
+    }
+}
+
 /// The folders a daemon lives in; `status` and `probe` find it by them.
 #[derive(Debug, Clone, Default, Args)]
 pub struct FolderArgs {

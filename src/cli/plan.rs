@@ -1,8 +1,26 @@
-//! `sglangd plan`: what `serve` would do.
+//! `sglangd plan`: what `serve` would do, without doing it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
+use serde::Serialize;
 
 use super::exit::Exit;
+use crate::config::folders::Folders;
+use crate::config::units::show_duration;
+use crate::config::{Color, Config, Loaded, ModelSource, Origin, WhenMissing, load};
+use crate::engine::argv::{LaunchSpec, Placement, env_changes, launch_spec, shown};
+use crate::engine::env;
+use crate::engine::inspect::{Answer, How, TableSource, check, installed_table};
+use crate::engine::redact;
+use crate::engine::resolve::{Resolved, resolve};
+
+/// How long the installed engine's parser may take: imports of torch from a cold disk.
+pub(super) const INSPECT_LIMIT: Duration = Duration::from_mins(2);
 
 #[derive(Debug, Args)]
 pub struct PlanArgs {
@@ -10,11 +28,348 @@ pub struct PlanArgs {
     pub config: super::ConfigArgs,
     #[command(flatten)]
     pub folders: super::FolderArgs,
+    /// Where clients connect; the same as `--set listen.public=ADDR`.
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<String>,
+    /// Status and metrics; the same as `--set listen.admin=ADDR`.
+    #[arg(long, value_name = "ADDR")]
+    pub admin: Option<String>,
+    /// One JSON object.
+    #[arg(long)]
+    pub json: bool,
+    /// Ask the installed engine's own parser what it makes of the result (20 s, no GPU).
+    #[arg(long)]
+    pub check: bool,
+    /// Ask the installed engine for its flags and keep the answer; `serve` runs this.
+    #[arg(long, hide = true)]
+    pub inspect: bool,
     /// Flags for the engine, after `--`.
     #[arg(last = true, value_name = "ENGINE FLAGS")]
     pub engine_flags: Vec<String>,
 }
 
-pub fn run(_args: PlanArgs) -> Exit {
-    Exit::Bug
+/// Everything that is planned, as `--json` shows it.
+#[derive(Debug, Serialize)]
+struct Plan {
+    version: &'static str,
+    config_files: Vec<PathBuf>,
+    model: ModelView,
+    fetch: FetchView,
+    engine: EngineView,
+    listen: BTreeMap<&'static str, String>,
+    limits: BTreeMap<&'static str, String>,
+    folders: BTreeMap<&'static str, PathBuf>,
+    /// Who said each value, and who lost.
+    values: Vec<Origin>,
+    warnings: Vec<String>,
+    notices: Vec<String>,
+    /// What the engine's own parser answered; only with `--check`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    check: Option<CheckView>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+enum CheckView {
+    Accepted { settings: serde_json::Map<String, serde_json::Value> },
+    Refused { why: String },
+    NotAsked { why: String },
+}
+
+impl From<Answer> for CheckView {
+    fn from(answer: Answer) -> Self {
+        match answer {
+            Answer::Accepted(mut settings) => {
+                for (name, value) in &mut settings {
+                    if redact::is_secret_name(name) {
+                        *value = redact::MASK.into();
+                    }
+                }
+                Self::Accepted { settings }
+            }
+            Answer::Refused(why) => Self::Refused { why: redact::text(&why) },
+            Answer::NotAsked(why) => Self::NotAsked { why: redact::text(&why) },
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct ModelView {
+    name: String,
+    repo: Option<String>,
+    revision: Option<String>,
+    path: Option<PathBuf>,
+}
+
+#[derive(Debug, Serialize)]
+struct EngineView {
+    /// Which table the flags were checked against.
+    checked_against: String,
+    argv: Vec<String>,
+    yaml_path: PathBuf,
+    yaml: String,
+    /// What differs from sglangd's own environment.
+    env: BTreeMap<String, String>,
+    env_removed: Vec<String>,
+}
+
+/// What would be fetched before the engine starts.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum FetchView {
+    /// The model is a local folder.
+    Nothing,
+    /// The repository was asked: how much there is and how much is missing.
+    Known { files: u64, bytes: u64, missing_files: u64, missing_bytes: u64, folder: Option<PathBuf> },
+    /// The repository was not asked, and why.
+    Unknown { reason: String },
+}
+
+/// Where the weights' own plan comes in: asks the cache and the hub what is there and what is missing.
+fn fetch_view(config: &Config, _resolved: &Resolved) -> FetchView {
+    match &config.model.source {
+        ModelSource::Folder(_) => FetchView::Nothing,
+        ModelSource::Repo { .. } => FetchView::Unknown { reason: "see `sglangd fetch`".to_owned() },
+    }
+}
+
+pub fn run(args: PlanArgs) -> Exit {
+    let color = if std::io::stderr().is_terminal() { Color::Terminal } else { Color::Plain };
+    let mut sources = args.config.sources(WhenMissing::BuiltIn);
+    sources.engine_flags = args.engine_flags;
+    sources.set.extend(args.listen.map(|address| format!("listen.public={address}")));
+    sources.set.extend(args.admin.map(|address| format!("listen.admin={address}")));
+    let folders = Folders::find(args.folders.runtime_dir, args.folders.state_dir, &sources);
+    let loaded = match load(&sources) {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            eprint!("{}", error.render(color));
+            return Exit::Config;
+        }
+    };
+    let source = match installed_table(&loaded.config.engine, folders.inspect_cache(), INSPECT_LIMIT) {
+        Ok(source) => source,
+        Err(error) => {
+            eprintln!("sglangd: {error}");
+            return Exit::Config;
+        }
+    };
+    if args.inspect {
+        return inspected(&source);
+    }
+    let resolved = match resolve(&loaded.config, &source.table) {
+        Ok(resolved) => resolved,
+        Err(errors) => {
+            eprint!("{}", errors.explain(&loaded).render(color));
+            return Exit::Config;
+        }
+    };
+    let (mut plan, spec) = plan(&loaded, &source, &resolved, &folders, &sources.env);
+    let mut exit = Exit::Ok;
+    if args.check {
+        let words = &spec.argv[loaded.config.engine.command.len()..];
+        let answer = check(&loaded.config.engine, words, &spec.yaml, INSPECT_LIMIT);
+        if matches!(answer, Ok(Answer::Refused(_)) | Err(_)) {
+            exit = Exit::Config;
+        }
+        plan.check = Some(answer.map_or_else(|error| CheckView::Refused { why: error.to_string() }, CheckView::from));
+    }
+    if args.json {
+        // A closed pipe is the reader's choice.
+        let _ = serde_json::to_writer_pretty(std::io::stdout().lock(), &plan);
+        println!();
+    } else {
+        print!("{}", text(&plan));
+    }
+    if let Some(CheckView::Refused { why }) = &plan.check {
+        eprintln!("sglangd: the engine's parser refuses this: {why}");
+    }
+    exit
+}
+
+/// One line for the supervisor that ran this.
+fn inspected(source: &TableSource) -> Exit {
+    if let Some(warning) = &source.warning {
+        eprintln!("{warning}");
+    }
+    let how = match source.how {
+        How::Asked => "asked",
+        How::Cached => "kept",
+        How::Bundled => "shipped",
+    };
+    println!("{how}: {}, {} flags", source.table.describe(), source.table.flags().len());
+    Exit::Ok
+}
+
+/// What only a start knows is shown by these words.
+const PORT: &str = "PORT";
+const PER_START: &str = "(new at each start)";
+
+fn plan(
+    loaded: &Loaded,
+    source: &TableSource,
+    resolved: &Resolved,
+    folders: &Folders,
+    own: &env::Env,
+) -> (Plan, LaunchSpec) {
+    let config = &loaded.config;
+    let fetch = fetch_view(config, resolved);
+    let (repo, revision, path) = match &config.model.source {
+        ModelSource::Repo { repo, revision } => (Some(repo.clone()), Some(revision.clone()), None),
+        ModelSource::Folder(path) => (None, None, Some(path.clone())),
+    };
+    let snapshot = |repo: &str, revision: &str| PathBuf::from(format!("(snapshot of {repo}@{revision})"));
+    let model_path = match (&fetch, &config.model.source) {
+        (FetchView::Known { folder: Some(folder), .. }, _) | (_, ModelSource::Folder(folder)) => folder.clone(),
+        (_, ModelSource::Repo { repo, revision }) => snapshot(repo, revision),
+    };
+    let placement = Placement {
+        model_path,
+        extra: resolved
+            .extra_repos
+            .iter()
+            .map(|extra| (extra.flag.clone(), snapshot(&extra.repo, &extra.revision)))
+            .collect(),
+        // Shown as PORT; a number that the engine's parser takes.
+        port: 30_000,
+        yaml_path: folders.engine_yaml(),
+        tmpdir: PathBuf::from(PER_START),
+        cache_dir: folders.engine_cache(),
+        api_key: Some(redact::MASK.to_owned()),
+        admin_api_key: Some(redact::MASK.to_owned()),
+        launch_id: PER_START.to_owned(),
+        own_env: own.clone(),
+    };
+    let spec = launch_spec(config, resolved, &placement);
+    let mut warnings = loaded.warnings.clone();
+    warnings.extend(source.warning.clone());
+    warnings.extend(resolved.warnings.iter().cloned());
+    warnings.extend(env::warnings(config));
+    let plan = Plan {
+        version: env!("CARGO_PKG_VERSION"),
+        config_files: loaded.files.clone(),
+        model: ModelView { name: config.model.name.clone(), repo, revision, path },
+        fetch,
+        engine: engine_view(&spec, source, folders, own),
+        listen: BTreeMap::from([
+            ("public", config.listen.public.to_string()),
+            ("admin", config.listen.admin.to_string()),
+        ]),
+        limits: BTreeMap::from([
+            ("max", config.limits.max.to_string()),
+            ("target", config.limits.target.to_string()),
+            ("queue", config.limits.queue.to_string()),
+            ("queue_timeout", show_duration(config.limits.queue_timeout)),
+            ("hold", show_duration(config.limits.hold)),
+            ("max_body", config.limits.max_body.to_string()),
+        ]),
+        folders: BTreeMap::from([("runtime", folders.runtime.clone()), ("state", folders.state.clone())]),
+        values: loaded.origins.clone(),
+        warnings: warnings.iter().map(|warning| redact::text(warning)).collect(),
+        notices: loaded.notices.clone(),
+        check: None,
+    };
+    (plan, spec)
+}
+
+fn engine_view(spec: &LaunchSpec, source: &TableSource, folders: &Folders, own: &env::Env) -> EngineView {
+    let mut argv: Vec<String> = spec.argv.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+    if let Some(port) = argv.iter().position(|word| word == "--port").and_then(|at| argv.get_mut(at + 1)) {
+        PORT.clone_into(port);
+    }
+    // A flag that nobody knows may carry a secret as the word after it.
+    for at in 0..argv.len() {
+        argv[at] = match at.checked_sub(1).map(|before| &argv[before]) {
+            Some(before) if before.starts_with("--") && redact::is_secret_name(before) => redact::MASK.to_owned(),
+            _ => redact::text(&argv[at]),
+        };
+    }
+    let (set, removed) = env_changes(spec, own);
+    let hidden = |name: String, value: String| {
+        let value = if redact::is_secret_name(&name) { redact::MASK.to_owned() } else { redact::text(&value) };
+        (name, value)
+    };
+    EngineView {
+        checked_against: source.table.describe(),
+        argv,
+        yaml_path: folders.engine_yaml(),
+        yaml: redact::text(&spec.yaml),
+        env: set.into_iter().map(|(name, value)| hidden(name, value)).collect(),
+        env_removed: removed,
+    }
+}
+
+/// For people.
+fn text(plan: &Plan) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = write_text(plan, &mut out);
+    out
+}
+
+fn write_text(plan: &Plan, out: &mut String) -> std::fmt::Result {
+    let files: Vec<String> = plan.config_files.iter().map(|file| file.display().to_string()).collect();
+    let files = if files.is_empty() { "the built-in configuration".to_owned() } else { files.join(", ") };
+    writeln!(out, "sglangd {} would serve {}", plan.version, plan.model.name)?;
+    writeln!(out, "  configuration  {files}")?;
+    match (&plan.model.repo, &plan.model.path) {
+        (Some(repo), _) => {
+            writeln!(out, "  model          {repo}@{}", plan.model.revision.as_deref().unwrap_or("main"))?;
+        }
+        (None, Some(path)) => writeln!(out, "  model          {}", path.display())?,
+        (None, None) => {}
+    }
+    match &plan.fetch {
+        FetchView::Nothing => writeln!(out, "  fetch          nothing: the model is a local folder")?,
+        FetchView::Known { files, bytes, missing_files, missing_bytes, .. } => {
+            writeln!(out, "  fetch          {missing_files} of {files} files, {missing_bytes} of {bytes} bytes")?;
+        }
+        FetchView::Unknown { reason } => writeln!(out, "  fetch          what is missing: {reason}")?,
+    }
+    for (name, address) in &plan.listen {
+        writeln!(out, "  {:<15}{address}", format!("{name} port"))?;
+    }
+    for (name, folder) in &plan.folders {
+        writeln!(out, "  {:<15}{}", format!("{name} folder"), folder.display())?;
+    }
+    writeln!(out, "  flags          checked against {}", plan.engine.checked_against)?;
+
+    writeln!(out, "\nThe engine's command (PORT is private and chosen at the start):")?;
+    let argv: Vec<std::ffi::OsString> = plan.engine.argv.iter().map(std::ffi::OsString::from).collect();
+    writeln!(out, "  {}", redact::text(&shown(&argv)))?;
+    writeln!(out, "\nIts YAML, {} (mode 0600):", plan.engine.yaml_path.display())?;
+    for line in plan.engine.yaml.lines() {
+        writeln!(out, "  {line}")?;
+    }
+    writeln!(out, "\nIts environment, beyond sglangd's own:")?;
+    for (name, value) in &plan.engine.env {
+        writeln!(out, "  {name}={value}")?;
+    }
+    if !plan.engine.env_removed.is_empty() {
+        writeln!(out, "  without {}", plan.engine.env_removed.join(", "))?;
+    }
+    match &plan.check {
+        Some(CheckView::Accepted { settings }) => {
+            writeln!(out, "\nThe engine's own parser takes it, and differs from its defaults in:")?;
+            for (name, value) in settings {
+                writeln!(out, "  {name} = {value}")?;
+            }
+        }
+        Some(CheckView::NotAsked { why }) => writeln!(out, "\nThe engine's own parser was not asked: {why}")?,
+        Some(CheckView::Refused { .. }) | None => {}
+    }
+    writeln!(out, "\nWho said what:")?;
+    for value in &plan.values {
+        writeln!(out, "  {:<46} {:<28} {}", value.key, value.value, value.from)?;
+        for lost in &value.lost {
+            writeln!(out, "  {:<46} {:<28} {}", "  wins over", lost.value, lost.from)?;
+        }
+    }
+    for notice in &plan.notices {
+        writeln!(out, "\nNote: {notice}")?;
+    }
+    for warning in &plan.warnings {
+        writeln!(out, "\nWarning: {warning}")?;
+    }
+    Ok(())
 }

@@ -1,9 +1,9 @@
 //! `sglangd proxy`: the data plane alone, or as the half that `serve` starts.
 
+use std::io::IsTerminal as _;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs as _};
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -12,10 +12,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{sleep, timeout};
 
 use super::exit::Exit;
-use crate::config::LogFormat;
+use crate::config::{Color, LogFormat, Needs, Sources, WhenMissing, load};
 use crate::link::{EngineState, EngineView, ProxySettings, Upstream};
 use crate::proxy::{Proxy, Supervision, Timings, linked};
-use crate::sys::fd;
+use crate::sys::{fd, seccomp};
 
 #[derive(Debug, Args)]
 pub struct ProxyArgs {
@@ -40,7 +40,11 @@ pub struct ProxyArgs {
 
 #[allow(clippy::needless_pass_by_value)] // every subcommand has this shape
 pub fn run(args: ProxyArgs) -> Exit {
-    crate::observe::logging::init(LogFormat::Text, "info");
+    // `serve` says in the environment how it logs; alone, people read it.
+    let said = |name: &str| std::env::var(name).ok();
+    let format = if said("SGLANGD_OBSERVE_LOG").as_deref() == Some("json") { LogFormat::Json } else { LogFormat::Text };
+    let level = said("SGLANGD_OBSERVE_LEVEL").unwrap_or_else(|| "info".into());
+    let _log = crate::observe::logging::init(format, &level);
     let outcome = match args.link_fd {
         Some(link) => run_linked(link, &args.listen_fd),
         None => run_alone(&args),
@@ -63,6 +67,9 @@ fn run_linked(link: RawFd, listeners: &[RawFd]) -> anyhow::Result<Exit> {
     let listeners = listeners.iter().map(|&number| fd::take(number).map(TcpListener::from));
     let listeners = listeners.collect::<Result<Vec<_>, _>>().context("an inherited listener")?;
     let link = UnixStream::from(fd::take(link).context("the inherited link")?);
+    if let Err(error) = seccomp::forbid_exec() {
+        tracing::warn!("the proxy keeps the right to execute programs: {error}");
+    }
     linked(listeners, link)?;
     Ok(Exit::Ok)
 }
@@ -71,7 +78,7 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // Before anything can be connected to: a SIGTERM right after that must drain, not kill.
     let signals = runtime.block_on(async { Signals::new() })?;
-    let settings = settings(&args.config)?;
+    let (settings, hold) = settings(&args.config)?;
     let (Some(listen), Some(upstream)) = (args.listen, args.upstream.as_deref()) else {
         bail!("--listen and --upstream are needed");
     };
@@ -81,7 +88,7 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let unguarded = settings.keys_file.is_none() && !address.ip().is_loopback();
     let mut proxy = Proxy::new(Timings::default(), Supervision::Alone);
     proxy.settings(settings).map_err(|error| Wrong(Exit::Config, error.to_string()))?;
-    proxy.engine(ready(upstream));
+    proxy.engine(EngineView { hold_ms: hold.as_millis() as u64, ..ready(upstream) });
     proxy.listen(vec![listener])?;
     if unguarded {
         tracing::warn!(%address, "everybody who reaches this address may use the engine: set auth.keys_file");
@@ -148,6 +155,7 @@ fn ready(addr: SocketAddr) -> EngineView {
         upstream: Some(Upstream { addr, api_key: None }),
         suspected: false,
         will_return: true,
+        hold_ms: 0,
     }
 }
 
@@ -170,36 +178,14 @@ fn upstream_address(url: &str) -> anyhow::Result<SocketAddr> {
 }
 
 /// The proxy's part of the configuration.
-fn settings(args: &super::ConfigArgs) -> anyhow::Result<ProxySettings> {
-    let wrong = |why: String| Wrong(Exit::Config, why);
-    if let Some(file) = args.config.first() {
-        return Err(wrong(format!("{}: configuration files are not read here yet; use --set", file.display())).into());
+fn settings(args: &super::ConfigArgs) -> anyhow::Result<(ProxySettings, Duration)> {
+    let sources = Sources { needs: Needs::ProxyOnly, ..args.sources(WhenMissing::BuiltIn) };
+    let loaded = load(&sources).map_err(|error| {
+        let color = if std::io::stderr().is_terminal() { Color::Terminal } else { Color::Plain };
+        Wrong(Exit::Config, error.render(color))
+    })?;
+    for warning in &loaded.warnings {
+        tracing::warn!("{warning}");
     }
-    let mut settings = ProxySettings {
-        max: 32,
-        target: 10,
-        queue: 256,
-        queue_timeout_ms: 60_000,
-        hold_ms: 0,
-        max_body: 64 << 20,
-        keys_file: None,
-        workers: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
-    };
-    for pair in &args.set {
-        let (key, value) = pair.split_once('=').ok_or_else(|| wrong(format!("--set {pair}: expected KEY=VALUE")))?;
-        let number = || value.parse::<u64>().map_err(|error| wrong(format!("--set {pair}: {error}")));
-        let count = || number().map(|number| usize::try_from(number).unwrap_or(usize::MAX));
-        match key {
-            "limits.max" => settings.max = count()?,
-            "limits.target" => settings.target = count()?,
-            "limits.queue" => settings.queue = count()?,
-            "limits.queue_timeout" => settings.queue_timeout_ms = number()? * 1000,
-            "limits.hold" => settings.hold_ms = number()? * 1000,
-            "limits.max_body" => settings.max_body = number()?,
-            "limits.workers" => settings.workers = count()?.max(1),
-            "auth.keys_file" => settings.keys_file = Some(PathBuf::from(value)),
-            _ => return Err(wrong(format!("--set {key}: the proxy knows no such key")).into()),
-        }
-    }
-    Ok(settings)
+    Ok((ProxySettings::from(&loaded.config), loaded.config.limits.hold))
 }

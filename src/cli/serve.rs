@@ -1,8 +1,29 @@
-//! `sglangd serve`: the supervisor.
+//! `sglangd serve`: binds what clients and operators connect to, then supervises.
+
+mod bind;
+mod demo;
+
+use std::ffi::OsString;
+use std::io::{IsTerminal, Write};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 
 use super::exit::Exit;
+use crate::config::folders::Folders;
+use crate::config::{Color, Loaded, Sources, WhenMissing, load};
+use crate::engine::inspect;
+use crate::engine::resolve::resolve;
+use crate::launch::guard::Guarded;
+use crate::launch::spawner::{self, MainThread};
+use crate::link::status::Listening;
+use crate::observe::{admin, logging};
+use crate::shutdown::Signals;
+use crate::supervisor::driver::{Driver, Outside, Reload, exit_of};
+use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
+use bind::Bound;
 
 #[derive(Debug, Args)]
 pub struct ServeArgs {
@@ -10,11 +31,264 @@ pub struct ServeArgs {
     pub config: super::ConfigArgs,
     #[command(flatten)]
     pub folders: super::FolderArgs,
+    /// Where clients connect; the same as `--set listen.public=ADDR`.
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<String>,
+    /// Status and metrics; the same as `--set listen.admin=ADDR`.
+    #[arg(long, value_name = "ADDR")]
+    pub admin: Option<String>,
+    /// Try it: a small model from an embedded hub, a simulated engine, a temporary folder.
+    #[arg(long)]
+    pub demo: bool,
     /// Flags for the engine, after `--`.
     #[arg(last = true, value_name = "ENGINE FLAGS")]
     pub engine_flags: Vec<String>,
 }
 
-pub fn run(_args: ServeArgs) -> Exit {
-    Exit::Bug
+pub fn run(mut args: ServeArgs) -> Exit {
+    // Lives as long as we do: the hub serves, and the folder is removed at the end.
+    let _demo = match args.demo.then(|| demo::begin(&mut args)).transpose() {
+        Ok(demo) => demo,
+        Err(error) => {
+            eprintln!("sglangd: the demo cannot begin: {error}");
+            return Exit::Bug;
+        }
+    };
+    let color = if std::io::stderr().is_terminal() { Color::Terminal } else { Color::Plain };
+    let inspect_arguments = arguments(&args);
+    let sources = sources(&args, WhenMissing::WriteOut);
+    let folders = Folders::find(args.folders.runtime_dir.clone(), args.folders.state_dir.clone(), &sources);
+    let loaded = match load(&sources) {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            eprint!("{}", error.render(color));
+            return Exit::Config;
+        }
+    };
+    let _log = logging::init(loaded.config.observe.format, &loaded.config.observe.level);
+    if let Err(complaint) = engine_is_possible(&loaded, &folders, color) {
+        eprint!("{complaint}");
+        return Exit::Config;
+    }
+    let bound = match bind::all(&loaded.config, &folders) {
+        Ok(bound) => bound,
+        Err(error) => {
+            eprintln!("sglangd: {error}");
+            return error.exit();
+        }
+    };
+    for notice in &loaded.notices {
+        tracing::info!("{notice}");
+    }
+    for warning in &loaded.warnings {
+        tracing::warn!("{warning}");
+    }
+    greet(&loaded, &bound);
+    let (own, main_thread) = spawner::pair();
+    let supervisor = Supervisor { loaded, folders, sources, inspect_arguments, bound, spawner: own };
+    supervise(supervisor, main_thread)
+}
+
+/// Everything that the supervisor's thread takes with it.
+struct Supervisor {
+    loaded: Loaded,
+    folders: Folders,
+    sources: Sources,
+    inspect_arguments: Vec<OsString>,
+    bound: Bound,
+    spawner: spawner::Spawner,
+}
+
+/// The main thread forks, the rest happens on another one (see `launch::spawner`).
+fn supervise(supervisor: Supervisor, main_thread: MainThread) -> Exit {
+    let result = std::thread::Builder::new().name("supervisor".into()).spawn(move || {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let code = runtime.block_on(supervisor.run());
+        // Tasks that still wait for somebody (a stuck proxy, a slow scrape) end with us.
+        runtime.shutdown_background();
+        code
+    });
+    let thread = match result {
+        Ok(thread) => thread,
+        Err(error) => {
+            eprintln!("sglangd: no thread could be started: {error}");
+            return Exit::Bug;
+        }
+    };
+    main_thread.serve();
+    match thread.join() {
+        Ok(Ok(exit)) => exit,
+        Ok(Err(error)) => {
+            tracing::error!("sglangd cannot run: {error}");
+            Exit::Bug
+        }
+        Err(_) => Exit::Bug,
+    }
+}
+
+impl Supervisor {
+    async fn run(self) -> std::io::Result<Exit> {
+        let Self { loaded, folders, sources, inspect_arguments, bound, spawner } = self;
+        let signals = Signals::catch()?;
+        // Orphans of the engine become ours, not init's. PID 1 has them anyway.
+        if let Err(error) = nix::sys::prctl::set_child_subreaper(true) {
+            tracing::warn!("orphans of the engine will not come to us ({error}); they are found by their marks alone");
+        }
+        let Bound { public, admin: admin_listener, admin_socket, socket_path, lock } = bound;
+        let listen = Listening {
+            public: public.local_addr()?.to_string(),
+            admin: admin_listener.local_addr()?.to_string(),
+            admin_socket: Some(socket_path.clone()),
+        };
+        let guard = guard(&spawner, &folders, &sources).await;
+        let outside = Outside {
+            loaded,
+            folders,
+            own_env: sources.env.clone(),
+            inspect_arguments,
+            spawner,
+            listeners: Arc::new(vec![public]),
+            listen,
+            guard,
+            signals,
+            reload: Reload(Box::new(move || {
+                let again = Sources { missing: WhenMissing::BuiltIn, ..sources.clone() };
+                load(&again).map_err(|error| error.render(Color::Plain))
+            })),
+        };
+        let (driver, outlook) = Driver::new(outside);
+        let routes =
+            admin::routes(admin::Sources { status: outlook.status, engine: outlook.engine, half: outlook.half });
+        admin_listener.set_nonblocking(true)?;
+        tokio::spawn(admin::serve_tcp(tokio::net::TcpListener::from_std(admin_listener)?, routes.clone()));
+        tokio::spawn(admin::serve_unix(tokio::net::UnixListener::from_std(admin_socket)?, routes));
+        let code = driver.run().await;
+        // The name goes before the lock: whoever comes next makes its own.
+        let _ = std::fs::remove_file(&socket_path);
+        drop(lock);
+        Ok(exit_of(code))
+    }
+}
+
+/// In plain use only: systemd's cgroup and a container's PID namespace end everything by themselves.
+async fn guard(
+    spawner: &spawner::Spawner,
+    folders: &Folders,
+    sources: &Sources,
+) -> Option<Guarded<std::process::ChildStdin>> {
+    if std::process::id() == 1 || sources.env.contains_key(std::ffi::OsStr::new("NOTIFY_SOCKET")) {
+        return None;
+    }
+    let spec = Spec {
+        argv: vec!["/proc/self/exe".into(), "guard".into(), "--runtime-dir".into(), folders.runtime.clone().into()],
+        arg0: Some("sglangd".into()),
+        env: std::collections::BTreeMap::new(),
+        session: Session::New,
+        stdin: Stream::Piped,
+        stdout: Stream::Null,
+        stderr: Stream::Inherit,
+        keep: Vec::new(),
+        cwd: None,
+        on_parent_death: ParentDeath::Survive,
+    };
+    match spawner.spawn(spec).await {
+        Ok((mut child, _)) => child.stdin.take().map(Guarded::new),
+        Err(error) => {
+            tracing::warn!(
+                "no guard could be started ({error}): should sglangd be killed, only the next start ends what it leaves"
+            );
+            None
+        }
+    }
+}
+
+fn sources(args: &ServeArgs, missing: WhenMissing) -> Sources {
+    let mut sources = args.config.sources(missing);
+    sources.engine_flags.clone_from(&args.engine_flags);
+    sources.set.extend(args.listen.iter().map(|address| format!("listen.public={address}")));
+    sources.set.extend(args.admin.iter().map(|address| format!("listen.admin={address}")));
+    sources
+}
+
+/// Our own arguments as `sglangd plan` takes them.
+fn arguments(args: &ServeArgs) -> Vec<OsString> {
+    let mut words: Vec<OsString> = Vec::new();
+    let mut flag = |name: &str, value: OsString| words.extend([name.into(), value]);
+    for file in &args.config.config {
+        flag("--config", file.into());
+    }
+    for set in &args.config.set {
+        flag("--set", set.into());
+    }
+    for (name, dir) in [("--runtime-dir", &args.folders.runtime_dir), ("--state-dir", &args.folders.state_dir)] {
+        if let Some(dir) = dir {
+            flag(name, dir.into());
+        }
+    }
+    if !args.engine_flags.is_empty() {
+        words.push("--".into());
+        words.extend(args.engine_flags.iter().map(OsString::from));
+    }
+    words
+}
+
+/// What can be known of the engine before anything starts: that its program exists, and that its flags
+/// are right. Flags that the bundled table does not know are asked of the installed engine right away,
+/// since a typing error must not cost a download first.
+fn engine_is_possible(loaded: &Loaded, folders: &Folders, color: Color) -> Result<(), String> {
+    let engine = &loaded.config.engine;
+    let plain = |error: inspect::InspectError| format!("sglangd: {error}\n");
+    inspect::find_program(engine).map_err(plain)?;
+    let is_python = inspect::interpreter(engine).map_err(plain)?.is_some();
+    let kept = inspect::cached_table(engine, folders.inspect_cache());
+    let known = kept.as_ref().unwrap_or(crate::engine::flags::FlagTable::bundled());
+    let errors = match resolve(&loaded.config, known) {
+        Ok(_) => return Ok(()),
+        Err(errors) => errors,
+    };
+    if !is_python || kept.is_some() {
+        return Err(errors.explain(loaded).render(color));
+    }
+    eprintln!("sglangd: asking the installed engine about flags that are not known here (some 20 s) …");
+    let installed =
+        inspect::installed_table(engine, folders.inspect_cache(), super::plan::INSPECT_LIMIT).map_err(plain)?;
+    resolve(&loaded.config, &installed.table).map(drop).map_err(|errors| errors.explain(loaded).render(color))
+}
+
+/// On standard output, for people: where everything is. A closed pipe is the reader's choice.
+fn greet(loaded: &Loaded, bound: &Bound) {
+    let address = bound.public.local_addr().ok().map(reachable);
+    let admin = bound.admin.local_addr().ok();
+    let (Some(address), Some(admin)) = (address, admin) else { return };
+    let model = &loaded.config.model.name;
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "sglangd {} serves {model} on http://{address}", env!("CARGO_PKG_VERSION"));
+    let _ = writeln!(out);
+    let _ = writeln!(out, "  curl -N http://{address}/v1/chat/completions -H 'Content-Type: application/json' \\");
+    let _ = writeln!(
+        out,
+        "    -d '{{\"model\": \"{model}\", \"stream\": true, \"messages\": [{{\"role\": \"user\", \"content\": \"Hello!\"}}]}}'"
+    );
+    let _ = writeln!(out);
+    let _ = writeln!(out, "  status   http://{admin}/status    (or: {})", status_command(bound));
+    let _ = writeln!(out, "  metrics  http://{admin}/metrics");
+    let _ = writeln!(out);
+    let _ = out.flush();
+}
+
+fn status_command(bound: &Bound) -> String {
+    let folder: PathBuf = bound.socket_path.parent().map(PathBuf::from).unwrap_or_default();
+    format!("sglangd status --runtime-dir {}", folder.display())
+}
+
+/// Nobody can connect to 0.0.0.0.
+fn reachable(mut addr: SocketAddr) -> SocketAddr {
+    if addr.ip().is_unspecified() {
+        addr.set_ip(if addr.is_ipv4() {
+            std::net::Ipv4Addr::LOCALHOST.into()
+        } else {
+            std::net::Ipv6Addr::LOCALHOST.into()
+        });
+    }
+    addr
 }

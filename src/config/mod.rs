@@ -4,10 +4,27 @@
 //! shipped `config.yaml`, once, where there is none). Every value here is already checked: what is
 //! impossible cannot be represented or is refused by `load`, with file, line, column and the way out.
 
+mod build;
+mod cross;
+mod document;
+mod error;
+pub mod folders;
+pub mod keys;
+mod layers;
+mod load;
+mod source;
+pub mod units;
+mod values;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+
+pub use error::{Color, ConfigError, Mistake, nearest};
+pub use layers::is_negative_number;
+pub use load::{Loaded, Lost, Needs, Origin, SHIPPED, Sources, User, WhenMissing, flag_text, load};
+pub use source::{MAX_FILE, Place};
 
 /// Everything sglangd was told, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -68,8 +85,18 @@ pub struct Engine {
     pub tp: u32,
     /// What becomes the engine's YAML, in the order it was said, before any check against the engine.
     pub flags: Flags,
+    /// What becomes of flags that the engine's parser does not know.
+    pub unknown_flags: UnknownFlags,
     /// Environment of the engine, on top of sglangd's own `SGL_*`, `SGLANG_*` and the usual ones.
     pub env: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnknownFlags {
+    /// An error with "did you mean".
+    Refuse,
+    /// Handed to the engine as said, with a warning: for an engine newer than the table.
+    Pass,
 }
 
 /// `engine.flags` (or the native YAML of `APP_LOCAL_CONFIG_PATH`, or what stood after `--`).
@@ -186,4 +213,42 @@ pub enum LogFormat {
     Text,
     /// One JSON object a line.
     Json,
+}
+
+/// Which keys differ: what a reload cannot make live.
+pub fn needs_restart(running: &Config, said: &Config) -> Vec<&'static str> {
+    let mut keys = Vec::new();
+    let mut differs = |name, differs: bool| {
+        if differs {
+            keys.push(name);
+        }
+    };
+    differs("model", running.model != said.model);
+    differs("weights", running.weights != said.weights);
+    differs("engine", running.engine != said.engine);
+    differs("listen", running.listen != said.listen);
+    differs("limits", running.limits != said.limits);
+    differs("auth", running.auth != said.auth);
+    differs("start", running.start != said.start);
+    differs("health", running.health != said.health);
+    differs("restart", running.restart != said.restart);
+    differs("shutdown", running.shutdown != said.shutdown);
+    differs("observe", running.observe != said.observe);
+    keys
+}
+
+impl From<&Config> for crate::link::ProxySettings {
+    /// What of the configuration the proxy lives by.
+    fn from(config: &Config) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Self {
+            max: config.limits.max,
+            target: config.limits.target,
+            queue: config.limits.queue,
+            queue_timeout_ms: config.limits.queue_timeout.as_millis() as u64,
+            max_body: config.limits.max_body,
+            keys_file: config.auth.keys_file.clone(),
+            workers: config.limits.workers.unwrap_or(cores),
+        }
+    }
 }

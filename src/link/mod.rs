@@ -6,6 +6,7 @@
 //!
 //! This module does not know what either side does with a message.
 
+pub mod status;
 mod wire;
 
 use std::net::SocketAddr;
@@ -102,9 +103,12 @@ pub struct EngineView {
     pub upstream: Option<Upstream>,
     /// Set while a hang is suspected: `/ready` answers 503, traffic goes on.
     pub suspected: bool,
-    /// Whether requests may be held (up to `limits.hold`) until this engine is ready: true over a
-    /// first start or a restart, false once it gave up or stops for good.
+    /// Whether this engine, or its successor, is expected to serve (again): false once sglangd gave
+    /// up or stops for good.
     pub will_return: bool,
+    /// How long a request may be held for it, in milliseconds; 0: answered 503 at once. Longer over a
+    /// restart than over a first start, so the supervisor decides.
+    pub hold_ms: u64,
 }
 
 /// The engine's private address and the key made for this start.
@@ -132,8 +136,6 @@ pub struct ProxySettings {
     pub queue: usize,
     /// How long a request may wait for a place, in milliseconds.
     pub queue_timeout_ms: u64,
-    /// How long a request may wait for an engine that is starting, in milliseconds; 0: not at all.
-    pub hold_ms: u64,
     /// Largest request body, in bytes.
     pub max_body: u64,
     /// File of named API keys; none: the public listener asks for no key.

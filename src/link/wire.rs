@@ -97,6 +97,7 @@ mod tests {
             upstream: None,
             suspected: false,
             will_return: true,
+            hold_ms: 0,
         };
         down.send(&Down::Engine(view.clone())).await.expect("send");
         down.send(&Down::Heartbeat).await.expect("send");

@@ -1,12 +1,20 @@
 //! Where log lines go: text for people, or one JSON object a line; always standard error, so that
 //! standard output stays for answers.
+//!
+//! Whoever logs never waits for whoever reads: lines pass through a bounded ring, and a reader that
+//! stands still (a paused terminal, a stuck journal) costs lines, which are counted, and nothing else.
 
 use std::io::IsTerminal;
 
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::debug_fn;
 use tracing_subscriber::fmt::time::FormatTime;
 
 use crate::config::LogFormat;
+
+/// Lines that may wait to be written: some MiB at worst, minutes of normal logging.
+const RING: usize = 16_384;
 
 /// RFC 3339 without a date library in the way of `tracing`.
 #[derive(Debug)]
@@ -18,14 +26,30 @@ impl FormatTime for Clock {
     }
 }
 
-/// Installs the logger of this process. `role` tells the processes of one sglangd apart.
-/// Called once, by a subcommand, before anything logs; a second call changes nothing.
-pub fn init(format: LogFormat, level: &str) {
+/// Installs the logger of this process. Called once, by a subcommand, before anything logs; a second
+/// call changes nothing. What is still in the ring is written when the guard is dropped.
+#[must_use = "lines still in the ring are lost when the guard is dropped early"]
+pub fn init(format: LogFormat, level: &str) -> WorkerGuard {
+    let (writer, guard) = NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(RING)
+        .thread_name("log")
+        .finish(std::io::stderr());
     let filter = EnvFilter::try_new(level).unwrap_or_else(|_| EnvFilter::new("info"));
-    let base = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_timer(Clock);
+    let base = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_timer(Clock);
     // An error here means that a logger is already there, which is all that was wanted.
     let _ = match format {
-        LogFormat::Text => base.with_ansi(std::io::stderr().is_terminal()).with_target(false).try_init(),
+        LogFormat::Text => base
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_target(false)
+            // The engine's rank stands in the message; as a field of its own it is for machines.
+            .fmt_fields(debug_fn(|writer, field, value| match field.name() {
+                "message" => write!(writer, "{value:?}"),
+                "rank" => Ok(()),
+                name => write!(writer, " {name}={value:?}"),
+            }))
+            .try_init(),
         LogFormat::Json => base.json().flatten_event(true).try_init(),
     };
+    guard
 }

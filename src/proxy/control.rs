@@ -63,7 +63,13 @@ async fn control(mut proxy: Proxy, link: UnixStream) -> Result<(), End> {
                         Err(error) => return Err(error.into()),
                     },
                     Down::Engine(view) => proxy.engine(view),
-                    Down::Drain => proxy.drain(),
+                    Down::Drain => {
+                        proxy.drain();
+                        // At once: the supervisor waits for a report that is newer than the drain.
+                        let traffic = proxy.traffic();
+                        up.send(&Up::Traffic(traffic)).await?;
+                        (sent, sent_at) = (Some(traffic), Instant::now());
+                    }
                     Down::CutStreams { reason } => proxy.cut_streams(reason),
                     Down::Scrape { id } => up.send(&Up::Scraped { id, text: proxy.metrics() }).await?,
                     Down::Heartbeat => {}

@@ -267,6 +267,7 @@ mod tests {
             upstream: None,
             suspected: false,
             will_return: true,
+            hold_ms: 0,
         };
         insta::assert_snapshot!(shape(Refusal::engine(Some(&view))), @r#"
         503 Service Unavailable

@@ -180,7 +180,7 @@ async fn admit(
     let settings = &snapshot.settings;
     let patience = match snapshot.engine.as_ref() {
         Some(view) if view.state.gate() == Gate::Open => settings.queue_timeout_ms,
-        Some(view) if view.will_return && settings.hold_ms > 0 => settings.hold_ms,
+        Some(view) if view.will_return && view.hold_ms > 0 => view.hold_ms,
         view => return Err(Refusal::engine(view).into()),
     };
     let since = Instant::now();

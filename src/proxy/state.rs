@@ -88,7 +88,6 @@ fn no_settings() -> ProxySettings {
         target: 0,
         queue: 0,
         queue_timeout_ms: 0,
-        hold_ms: 0,
         max_body: u64::MAX, // nothing is read before there is a place
         keys_file: None,
         workers: 1,

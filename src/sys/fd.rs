@@ -1,39 +1,24 @@
-//! Takes file descriptors that this process inherited by number.
+//! Takes over a descriptor that was inherited under a known number.
 //!
-//! Safety contract: a descriptor named on the command line by the process that started this one is
-//! nobody else's here. [`take`] checks that the number is open and not one of the standard streams;
-//! that it is taken once is the caller's duty, and holds because the command line is parsed once, in
-//! `main`, before anything else opens a descriptor.
+//! # Safety contract
+//! A number given on the command line by the process that started us names a descriptor that was
+//! left open for us and that nothing else in this process owns. [`take`] checks that it is open; it
+//! is called once a number, before any thread is started.
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-/// Owns descriptor `fd`, and has it closed on exec from now on.
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+
+/// Owns the descriptor from now on, closed on exec. `EBADF` where nothing is open there.
 pub fn take(fd: RawFd) -> io::Result<OwnedFd> {
-    if fd <= 2 {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "standard streams are not handed over"));
+    if fd < 3 {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "descriptors 0 to 2 are the standard streams"));
     }
-    // SAFETY: F_GETFD touches no memory; a number that is not open is an error, not undefined.
-    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: open (just checked), and by the contract above owned by nobody else in this process.
-    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: as for F_GETFD.
-    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(owned)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_that_are_not_open_are_refused() {
-        assert!(take(1).is_err());
-        assert!(take(987_654).is_err());
-    }
+    // SAFETY: only used for one fcntl, which reports a closed number as EBADF.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    // SAFETY: open (checked above) and owned by nobody else (the contract at the top).
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -1,3 +1,8 @@
-//! (being written)
+//! The only place with `unsafe`, and what talks to the kernel about processes.
+//!
+//! Each file with `unsafe` begins with its safety contract. Nothing here knows what an engine is.
 
 pub mod fd;
+pub mod proc;
+pub mod seccomp;
+pub mod spawn;

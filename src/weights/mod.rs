@@ -1,1 +1,115 @@
-//! (being written)
+//! The model onto the disk: what a repository of the hub holds is planned, fetched and verified into
+//! the standard Hugging Face cache.
+//!
+//! Three steps, each a file or two: the **plan** ([`plan`], pure: which files, what is there, how many
+//! bytes), the **fetch** (`fetch`, `transfer`, `write`: streams into `.incomplete` blobs, resumed after any kill,
+//! renamed when they are whole), the **verification** (`verify`: size and hash of every file against the
+//! hub's). A marker in the cache makes the next start instant.
+//!
+//! Not done here: no signals, no terminal, no reading of environment variables ([`Settings::resolve`] is given a
+//! function for it), no launching. The library never removes a snapshot.
+//!
+//! ```text
+//!  Request ─► resolve revision ─► list ─► plan ─► preflight ─► fetch + verify ─► snapshot, ref, marker
+//!     │            (1 request)   (paged)  (pure)   (space)      (file by file)        │
+//!     └─ marker of that commit is there and every file still has its size and time ───┘
+//! ```
+
+mod board;
+mod cache;
+mod error;
+mod fetch;
+mod hub;
+mod local;
+mod lock;
+pub mod name;
+pub mod plan;
+pub mod progress;
+mod settings;
+mod transfer;
+mod verify;
+mod write;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Config, Download, ModelSource};
+
+pub use cache::Access;
+pub use error::{FetchError, Retry, bytes};
+pub use fetch::{PlannedRepo, fetch, prepare};
+pub use progress::{Pace, Progress, Snapshot};
+pub use settings::{Network, Patience, Settings, Token};
+pub use verify::Hasher;
+
+/// What is to be on the disk before the engine starts. Crosses from the supervisor to `sglangd fetch`
+/// as JSON, so it holds no secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    pub repos: Vec<RepoRequest>,
+    /// The cache folder; none: the standard variables decide.
+    pub cache: Option<PathBuf>,
+    /// The hub's address; none: `HF_ENDPOINT`, else the public hub.
+    pub endpoint: Option<String>,
+    #[serde(with = "DownloadAsWord")]
+    pub download: Download,
+}
+
+/// One repository at one revision.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepoRequest {
+    /// The engine flag that named it (`speculative-draft-model-path`); none: it is the model.
+    pub flag: Option<String>,
+    pub repo: String,
+    pub revision: String,
+    pub files: Wanted,
+    /// Pickles run code when they are loaded: refused unless asked for.
+    #[serde(default)]
+    pub pickles: Pickles,
+}
+
+/// Which files of a repository the engine needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wanted {
+    All,
+    /// Everything but the weight files: `load-format: dummy`, or a tokenizer's repository.
+    NoWeights,
+}
+
+/// Whether weights in pickle files (`*.bin`, `*.pt`) may be used where there are no safetensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pickles {
+    #[default]
+    Refused,
+    Allowed,
+}
+
+/// `config::Download` as one word on the wire.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Download", rename_all = "kebab-case")]
+enum DownloadAsWord {
+    Auto,
+    Never,
+}
+
+impl RepoRequest {
+    /// The model itself, all that the engine needs of it.
+    pub fn model(repo: impl Into<String>, revision: impl Into<String>) -> Self {
+        Self { flag: None, repo: repo.into(), revision: revision.into(), files: Wanted::All, pickles: Pickles::Refused }
+    }
+}
+
+/// What the configuration asks for, as far as the model itself goes. None: a local folder, nothing to fetch.
+/// Flags of the engine that name other repositories are added by whoever knows the engine's flags.
+pub fn request_from_config(config: &Config, files: Wanted) -> Option<Request> {
+    let ModelSource::Repo { repo, revision } = &config.model.source else { return None };
+    Some(Request {
+        repos: vec![RepoRequest { files, ..RepoRequest::model(repo, revision) }],
+        cache: config.weights.cache.clone(),
+        endpoint: config.weights.endpoint.clone(),
+        download: config.weights.download,
+    })
+}

@@ -1,1 +1,476 @@
-//! (being written)
+//! A real `sglangd serve`, started as its user would start it, watched from outside, and searched for
+//! what it left behind. It knows the binary's published interface and nothing of its insides.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+use super::processes::{self, Process};
+
+/// The binary under test.
+pub const SGLANGD: &str = env!("CARGO_BIN_EXE_sglangd");
+
+/// Inherited by every process of one daemon: SGLang's prefix, so that sglangd hands it to the engine too.
+const MARK: &str = "SGLANG_TEST_MARK";
+
+/// Between two looks: well under the 50 ms that the shortest promise speaks of at first, less and less
+/// often the longer it takes, since an engine that starts needs the cores that the looking would take.
+fn look_again(waited: Duration) -> Duration {
+    (waited / 100).clamp(Duration::from_millis(10), Duration::from_millis(200))
+}
+
+/// Looks again and again until `look` finds something; says what was waited for when it never does.
+pub async fn eventually<T>(what: &str, within: Duration, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = look().await {
+            return found;
+        }
+        assert!(begun.elapsed() < within, "not within {within:?}: {what}");
+        tokio::time::sleep(look_again(begun.elapsed())).await;
+    }
+}
+
+/// A loopback address that nobody listens on. From the kernel, so two tests never get the same one.
+pub fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// What a daemon is to be started with. All it writes lies in one temporary folder.
+#[derive(Debug)]
+pub struct Setup {
+    folder: TempDir,
+    files: Vec<PathBuf>,
+    arguments: Vec<String>,
+    engine_flags: Vec<String>,
+    environment: BTreeMap<String, String>,
+    public: SocketAddr,
+    admin: SocketAddr,
+}
+
+impl Setup {
+    /// Folders and addresses only: no configuration yet.
+    pub fn bare() -> Self {
+        // Short: engines put Unix sockets below it, and their paths end at 107 bytes.
+        let folder = tempfile::Builder::new().prefix("sd-").tempdir_in("/tmp").unwrap();
+        for name in ["tmp", "run", "state", "home"] {
+            fs::create_dir(folder.path().join(name)).unwrap();
+        }
+        Self {
+            folder,
+            files: Vec::new(),
+            arguments: Vec::new(),
+            engine_flags: Vec::new(),
+            environment: BTreeMap::new(),
+            public: free_address(),
+            admin: free_address(),
+        }
+    }
+
+    /// The simulated engine on a small model in a local folder.
+    pub fn simulated() -> Self {
+        let setup = Self::bare();
+        let model = setup.folder().join("model");
+        write_small_model(&model);
+        setup.config(&format!(
+            "model:\n  path: {}\n  name: small\nengine:\n  command: [{SGLANGD}, simulate]\n  tp: 1\n  flags: {{}}\n",
+            model.display()
+        ))
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn public(&self) -> SocketAddr {
+        self.public
+    }
+
+    /// One more configuration file; later ones win.
+    #[must_use]
+    pub fn config(mut self, yaml: &str) -> Self {
+        let file = self.folder().join(format!("config-{}.yaml", self.files.len()));
+        fs::write(&file, yaml).unwrap();
+        self.files.push(file);
+        self
+    }
+
+    /// A configuration file that exists already, such as the shipped one.
+    #[must_use]
+    pub fn config_file(mut self, file: &Path) -> Self {
+        self.files.push(file.to_owned());
+        self
+    }
+
+    /// `--set KEY=VALUE`
+    #[must_use]
+    pub fn set(mut self, key: &str, value: &str) -> Self {
+        self.arguments.extend(["--set".to_owned(), format!("{key}={value}")]);
+        self
+    }
+
+    #[must_use]
+    pub fn argument(mut self, word: &str) -> Self {
+        self.arguments.push(word.to_owned());
+        self
+    }
+
+    /// A flag for the engine, after `--`.
+    #[must_use]
+    pub fn engine_flag(mut self, word: &str) -> Self {
+        self.engine_flags.push(word.to_owned());
+        self
+    }
+
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    /// The binary with this set-up's configuration, folders and environment, for any subcommand.
+    pub fn command(&self, subcommand: &str) -> Command {
+        let mut command = Command::new(SGLANGD);
+        command.arg(subcommand);
+        // Only what a login would give: a developer's HF_TOKEN or SGLANGD_… must not reach a test.
+        command.env_clear();
+        for name in ["PATH", "LANG", "LLVM_PROFILE_FILE"] {
+            if let Some(value) = std::env::var_os(name) {
+                command.env(name, value);
+            }
+        }
+        command.env("HOME", self.folder().join("home"));
+        command.env("TMPDIR", self.folder().join("tmp"));
+        command.env(MARK, self.mark());
+        command.envs(&self.environment);
+        command.current_dir(self.folder()).stdin(Stdio::null());
+        command
+    }
+
+    fn mark(&self) -> String {
+        self.folder().display().to_string()
+    }
+
+    pub fn runtime_dir(&self) -> PathBuf {
+        self.folder().join("run")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.folder().join("log")
+    }
+
+    /// `sglangd serve` with all of it.
+    pub fn start(self) -> Daemon {
+        let shm_before = shared_memory();
+        let child = self.spawn();
+        Daemon { child, ended: None, seen: BTreeMap::new(), shm_before, setup: self }
+    }
+
+    fn spawn(&self) -> Child {
+        let mut command = self.command("serve");
+        for file in &self.files {
+            command.arg("--config").arg(file);
+        }
+        command.arg("--listen").arg(self.public.to_string());
+        command.arg("--admin").arg(self.admin.to_string());
+        command.arg("--runtime-dir").arg(self.runtime_dir());
+        command.arg("--state-dir").arg(self.folder().join("state"));
+        command.args(&self.arguments);
+        if !self.engine_flags.is_empty() {
+            command.arg("--").args(&self.engine_flags);
+        }
+        let log = File::options().create(true).append(true).open(self.log()).unwrap();
+        command.stdout(log.try_clone().unwrap()).stderr(log);
+        command.spawn().unwrap()
+    }
+}
+
+/// The files that make a folder a model: enough for sglangd's checks and the simulated engine.
+pub fn write_small_model(folder: &Path) {
+    fs::create_dir_all(folder).unwrap();
+    fs::write(folder.join("config.json"), r#"{"architectures":["Qwen2ForCausalLM"],"model_type":"qwen2"}"#).unwrap();
+    fs::write(folder.join("tokenizer.json"), "{}").unwrap();
+    fs::write(folder.join("tokenizer_config.json"), "{}").unwrap();
+    // An empty safetensors file: the length of its header, and the header.
+    fs::write(folder.join("model.safetensors"), b"\x02\0\0\0\0\0\0\0{}").unwrap();
+}
+
+/// A started daemon.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    ended: Option<ExitStatus>,
+    /// Every process of it that was ever seen, with its time of start: a pid alone may be another's by now.
+    seen: BTreeMap<i32, u64>,
+    shm_before: BTreeSet<String>,
+    setup: Setup,
+}
+
+impl Daemon {
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).unwrap()
+    }
+
+    pub fn public(&self) -> SocketAddr {
+        self.setup.public
+    }
+
+    pub fn admin(&self) -> SocketAddr {
+        self.setup.admin
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.setup.folder()
+    }
+
+    pub fn runtime_dir(&self) -> PathBuf {
+        self.setup.runtime_dir()
+    }
+
+    /// The binary in this daemon's environment, for `status` and `probe`.
+    pub fn command(&self, subcommand: &str) -> Command {
+        self.setup.command(subcommand)
+    }
+
+    /// `http://…/path` on the public port.
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.setup.public)
+    }
+
+    /// All that it and its engine have said.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.setup.log()).unwrap_or_default()).into_owned()
+    }
+
+    /// `GET /status`, or nothing where it does not answer.
+    pub async fn status(&self) -> Option<Value> {
+        get_json(&format!("http://{}/status", self.setup.admin)).await
+    }
+
+    pub async fn state(&self) -> Option<String> {
+        Some(self.status().await?.get("state")?.as_str()?.to_owned())
+    }
+
+    /// Waits for one of these states and returns the status that had it.
+    pub async fn reaches(&mut self, states: &[&str], within: Duration) -> Value {
+        let what = format!("state {}", states.join(" or "));
+        self.until(&what, within, async |daemon| {
+            let status = daemon.status().await?;
+            let state = status.get("state")?.as_str()?;
+            states.contains(&state).then(|| status.clone())
+        })
+        .await
+    }
+
+    /// Ready, and the process that says so is the one that was asked.
+    pub async fn is_ready(&mut self, within: Duration) -> Value {
+        self.reaches(&["ready"], within).await
+    }
+
+    /// Like [`eventually`], but ends early, with the log, when the daemon does.
+    pub async fn until<T>(&mut self, what: &str, within: Duration, mut look: impl AsyncFnMut(&Self) -> Option<T>) -> T {
+        let begun = Instant::now();
+        loop {
+            self.note_processes();
+            if let Some(found) = look(self).await {
+                return found;
+            }
+            if let Some(status) = self.poll_exit() {
+                panic!("sglangd ended ({status}) while waiting for: {what}\n{}", self.tail());
+            }
+            assert!(begun.elapsed() < within, "not within {within:?}: {what}\n{}", self.tail());
+            tokio::time::sleep(look_again(begun.elapsed())).await;
+        }
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        assert!(self.ended.is_none(), "it has ended already");
+        kill(Pid::from_raw(self.pid()), signal).unwrap();
+    }
+
+    pub fn terminate(&mut self) {
+        self.note_processes();
+        self.signal(Signal::SIGTERM);
+    }
+
+    fn poll_exit(&mut self) -> Option<ExitStatus> {
+        if self.ended.is_none() {
+            self.ended = self.child.try_wait().unwrap();
+        }
+        self.ended
+    }
+
+    /// Waits for its end; the code, or the signal as a negative number.
+    pub async fn exit(&mut self, within: Duration) -> i32 {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.poll_exit() {
+                return status.code().unwrap_or_else(|| -status.signal().unwrap());
+            }
+            self.note_processes();
+            assert!(begun.elapsed() < within, "sglangd has not ended within {within:?}\n{}", self.tail());
+            tokio::time::sleep(look_again(begun.elapsed())).await;
+        }
+    }
+
+    /// SIGTERM, exit 0 within the time, nothing left.
+    pub async fn stops_clean(mut self, within: Duration) {
+        self.terminate();
+        let code = self.exit(within).await;
+        assert_eq!(code, 0, "exit code after SIGTERM\n{}", self.tail());
+        self.leaves_nothing(Duration::ZERO).await;
+    }
+
+    /// Starts it once more on the same folders and addresses, as systemd would after an end.
+    pub fn start_again(&mut self) {
+        assert!(self.poll_exit().is_some(), "it still runs");
+        self.child = self.setup.spawn();
+        self.ended = None;
+    }
+
+    /// Its processes that are alive now: itself, proxy, guard, fetcher, engine and all of theirs.
+    pub fn processes(&self) -> Vec<Process> {
+        let folder = self.setup.mark();
+        let all = processes::all();
+        let mut mine: BTreeSet<i32> = BTreeSet::new();
+        // A child is listed before its parent where pids have wrapped, hence until nothing is added.
+        loop {
+            let before = mine.len();
+            for process in &all {
+                let known = self.seen.get(&process.pid) == Some(&process.started);
+                if known
+                    || process.pid == self.pid()
+                    || mine.contains(&process.parent)
+                    || process.mentions(MARK, &folder)
+                {
+                    mine.insert(process.pid);
+                }
+            }
+            if mine.len() == before {
+                break;
+            }
+        }
+        all.into_iter().filter(|p| mine.contains(&p.pid) && p.is_alive()).collect()
+    }
+
+    /// Remembers what runs now, so that it is still known when its parent is gone.
+    pub fn note_processes(&mut self) {
+        for process in self.processes() {
+            self.seen.insert(process.pid, process.started);
+        }
+    }
+
+    /// Those whose title or command line contains the text.
+    pub fn processes_named(&self, text: &str) -> Vec<Process> {
+        self.processes().into_iter().filter(|p| p.command.contains(text)).collect()
+    }
+
+    /// No process, no listener, no temporary file, no socket, no shared memory of its own.
+    pub async fn leaves_nothing(&mut self, within: Duration) {
+        assert!(self.poll_exit().is_some(), "it still runs");
+        let begun = Instant::now();
+        loop {
+            let left = self.left();
+            if left.is_empty() {
+                return;
+            }
+            assert!(begun.elapsed() < within, "left behind:\n{left}\n{}", self.tail());
+            tokio::time::sleep(look_again(begun.elapsed())).await;
+        }
+    }
+
+    fn left(&self) -> String {
+        let mut left = String::new();
+        for process in self.processes() {
+            let _ = writeln!(left, "  process {} {:?}", process.pid, process.command);
+        }
+        for address in [self.setup.public, self.setup.admin] {
+            if processes::is_listening(address.port()) {
+                let _ = writeln!(left, "  listener {address}");
+            }
+        }
+        for file in files_below(&self.folder().join("tmp")) {
+            let _ = writeln!(left, "  temporary file {}", file.display());
+        }
+        for file in files_below(&self.runtime_dir()) {
+            // A lock file stays by design: removing one that another may hold makes two owners.
+            if file.file_name().is_none_or(|name| name != "lock") {
+                let _ = writeln!(left, "  runtime file {}", file.display());
+            }
+        }
+        for name in shared_memory().difference(&self.shm_before) {
+            if self.may_be_mine(name) {
+                let _ = writeln!(left, "  shared memory /dev/shm/{name}");
+            }
+        }
+        left
+    }
+
+    /// Names with a pid of its own, and names of the engine's kinds that no living process has mapped:
+    /// quick tests run side by side, and a neighbour's engine is alive.
+    fn may_be_mine(&self, name: &str) -> bool {
+        let numbers: BTreeSet<i32> = name.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect();
+        if self.seen.keys().any(|pid| numbers.contains(pid)) {
+            return true;
+        }
+        let kind = ["sem.mp-", "sgl_shm_mq_", "sglang_loads_", "nccl-"].iter().any(|k| name.starts_with(k));
+        kind && !processes::is_mapped(&Path::new("/dev/shm").join(name))
+    }
+
+    fn tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        let from = lines.len().saturating_sub(80);
+        format!("--- the last lines of its log ---\n{}\n---", lines[from..].join("\n"))
+    }
+}
+
+impl Drop for Daemon {
+    /// A failed test leaves nothing either.
+    fn drop(&mut self) {
+        self.note_processes();
+        if self.poll_exit().is_none() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        for process in self.processes() {
+            let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
+        }
+    }
+}
+
+/// A GET whose answer is JSON; nothing on any failure, since daemons come and go in these tests.
+pub async fn get_json(url: &str) -> Option<Value> {
+    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(2)).build().ok()?;
+    client.get(url).send().await.ok()?.json().await.ok()
+}
+
+fn shared_memory() -> BTreeSet<String> {
+    let Ok(folder) = fs::read_dir("/dev/shm") else { return BTreeSet::new() };
+    folder.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => folders.push(entry.path()),
+                _ => found.push(entry.path()),
+            }
+        }
+    }
+    found
+}

@@ -19,7 +19,6 @@ pub fn settings() -> ProxySettings {
         target: 10,
         queue: 16,
         queue_timeout_ms: 10_000,
-        hold_ms: 0,
         max_body: 1 << 20,
         keys_file: None,
         workers: 1,
@@ -36,6 +35,7 @@ pub fn view(state: EngineState, upstream: Option<SocketAddr>) -> EngineView {
         upstream: upstream.map(|addr| Upstream { addr, api_key: None }),
         suspected: false,
         will_return: true,
+        hold_ms: 0,
     }
 }
 

@@ -1,0 +1,96 @@
+//! The table of all keys: one row each, with its default. `docs/configuration.md` is checked against it.
+
+/// What may stand after a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    Scalar,
+    /// A list of words.
+    Words,
+    /// Flags of the engine, merged name by name.
+    Flags,
+    /// Environment variables, merged name by name.
+    Environment,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// `section.key`.
+    pub path: &'static str,
+    pub shape: Shape,
+    /// As it would be written; none: not set.
+    pub default: Option<&'static str>,
+    /// What it is, for "the way out" of a mistake.
+    pub is: &'static str,
+}
+
+const fn scalar(path: &'static str, default: &'static str, is: &'static str) -> Key {
+    Key { path, shape: Shape::Scalar, default: Some(default), is }
+}
+
+const fn unset(path: &'static str, is: &'static str) -> Key {
+    Key { path, shape: Shape::Scalar, default: None, is }
+}
+
+pub const KEYS: &[Key] = &[
+    unset("model.repo", "a repository of the hub: ORGANISATION/NAME"),
+    scalar("model.revision", "main", "a branch, tag or commit of model.repo"),
+    unset("model.path", "a local folder in place of model.repo"),
+    unset("model.name", "the served model name, without `:`"),
+    scalar("weights.download", "auto", "`auto` or `never`"),
+    unset("weights.cache", "a folder: the Hugging Face cache"),
+    unset("weights.endpoint", "the hub's address: https://HOST"),
+    Key {
+        path: "engine.command",
+        shape: Shape::Words,
+        default: Some("[python3, -m, sglang.launch_server]"),
+        is: "a list of words: [python3, -m, sglang.launch_server]",
+    },
+    scalar("engine.tp", "1", "the number of GPUs: 1 to 1024"),
+    Key { path: "engine.flags", shape: Shape::Flags, default: None, is: "flags of SGLang, without the leading --" },
+    scalar("engine.unknown_flags", "refuse", "`refuse` or `pass`"),
+    Key { path: "engine.env", shape: Shape::Environment, default: None, is: "environment variables: NAME: value" },
+    scalar("listen.public", "0.0.0.0:8000", "ADDRESS:PORT"),
+    scalar("listen.admin", "127.0.0.1:8001", "ADDRESS:PORT"),
+    scalar("limits.max", "32", "a number from 1 to 100000"),
+    scalar("limits.target", "10", "a number from 1 to 100000"),
+    scalar("limits.queue", "256", "a number from 0 to 1000000"),
+    scalar("limits.queue_timeout", "60s", "a duration, like 60s"),
+    scalar("limits.hold", "0s", "a duration, like 30s"),
+    scalar("limits.max_body", "64MiB", "a size, like 64MiB"),
+    scalar("limits.workers", "auto", "`auto` or a number from 1 to 1024"),
+    unset("auth.keys_file", "a file of API keys"),
+    scalar("start.stall", "10min", "a duration, like 10min"),
+    scalar("start.limit", "3h", "a duration, like 3h"),
+    scalar("health.probe_interval", "30s", "a duration, like 30s"),
+    scalar("health.probe_timeout", "25s", "a duration, like 25s"),
+    scalar("health.hang_after", "120s", "a duration, like 120s"),
+    scalar("restart.max", "3", "a number from 1 to 1000"),
+    scalar("restart.window", "10min", "a duration, like 10min"),
+    scalar("restart.backoff", "2s", "a duration, like 2s"),
+    scalar("restart.backoff_max", "60s", "a duration, like 60s"),
+    scalar("restart.on_give_up", "serve", "`serve` or `exit`"),
+    scalar("shutdown.grace", "25s", "a duration, like 25s"),
+    scalar("observe.log", "text", "`text` or `json`"),
+    scalar("observe.level", "info", "a filter: info, debug, or sglangd=debug,warn"),
+];
+
+pub fn find(path: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.path == path)
+}
+
+/// The sections, in order.
+pub fn sections() -> Vec<&'static str> {
+    let mut sections: Vec<&'static str> = KEYS.iter().filter_map(|key| key.path.split('.').next()).collect();
+    sections.dedup();
+    sections
+}
+
+/// The keys of one section, without its name.
+pub fn of_section(section: &str) -> impl Iterator<Item = &'static str> {
+    KEYS.iter().filter_map(move |key| key.path.strip_prefix(section)?.strip_prefix('.'))
+}
+
+/// The environment variable of a key: `SGLANGD_LIMITS_QUEUE_TIMEOUT`.
+pub fn variable(path: &str) -> String {
+    format!("SGLANGD_{}", path.replace('.', "_").to_uppercase())
+}

@@ -1,0 +1,167 @@
+//! Finds every process of one engine, wherever it went, and ends it.
+//!
+//! A process belongs to the engine if it is in the engine's session, descends from a member, or
+//! carries the launch's mark in its environment: a grandchild that calls `setsid` and forks twice
+//! leaves the session and its parent, but not its environment (sglang#23627, vllm#55510).
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use crate::sys::proc::{self, Stat};
+
+/// The environment variable that marks every process of a launch.
+pub const MARK: &str = "SGLANGD_LAUNCH_ID";
+
+/// Between two looks at the process table while something still lives.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// What identifies an engine's processes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tree {
+    /// Value of [`MARK`].
+    pub launch_id: String,
+    /// The main process, which leads the session; none before it is started.
+    pub leader: Option<Leader>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leader {
+    pub pid: i32,
+    pub start_time: u64,
+}
+
+/// Who is not to be counted although it descends from us: proxy, guard, fetcher.
+pub type Ours = BTreeSet<i32>;
+
+impl Tree {
+    /// All live members (zombies are dead: only their parent has to collect them).
+    pub fn members(&self) -> Vec<Stat> {
+        self.find(&proc::all(), |pid, mark| proc::has_env(pid, mark))
+    }
+
+    fn find(&self, all: &[Stat], has_mark: impl Fn(i32, &[u8]) -> bool) -> Vec<Stat> {
+        let own = i32::try_from(std::process::id()).unwrap_or(-1);
+        let mark = format!("{MARK}={}", self.launch_id).into_bytes();
+        let session = self.leader.filter(|leader| {
+            // A session's number is not reused while it has members; once it is empty, its leader's
+            // pid may belong to a stranger, who then leads another session of that number.
+            all.iter().find(|p| p.pid == leader.pid).is_none_or(|p| p.start_time == leader.start_time)
+        });
+        let mut found: BTreeSet<i32> = BTreeSet::new();
+        for process in all.iter().filter(|p| p.pid != own) {
+            let in_session = session.is_some_and(|l| process.sid == l.pid && process.start_time >= l.start_time);
+            if in_session || (!process.is_zombie() && has_mark(process.pid, &mark)) {
+                found.insert(process.pid);
+            }
+        }
+        // Descendants of members, level by level; the table is a snapshot, so this ends.
+        loop {
+            let more: Vec<i32> = all
+                .iter()
+                .filter(|p| p.pid != own && found.contains(&p.ppid) && !found.contains(&p.pid))
+                .map(|p| p.pid)
+                .collect();
+            if more.is_empty() {
+                break;
+            }
+            found.extend(more);
+        }
+        all.iter().filter(|p| found.contains(&p.pid) && !p.is_zombie()).cloned().collect()
+    }
+
+    /// SIGKILL to every member, again and again until none is left or the time is over.
+    /// Returns those that are still there: nobody, or processes stuck in the kernel.
+    pub async fn kill(&self, limit: Duration) -> Vec<Stat> {
+        let end = Instant::now() + limit;
+        loop {
+            let members = self.members();
+            if members.is_empty() || Instant::now() >= end {
+                return members;
+            }
+            kill_once(&members);
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// The same for a process without a runtime (the guard, the next start).
+    pub fn kill_blocking(&self, limit: Duration) -> Vec<Stat> {
+        let end = Instant::now() + limit;
+        loop {
+            let members = self.members();
+            if members.is_empty() || Instant::now() >= end {
+                return members;
+            }
+            kill_once(&members);
+            #[allow(clippy::disallowed_methods)] // one thread, no runtime, nothing to block
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+}
+
+fn kill_once(members: &[Stat]) {
+    for member in members {
+        // Gone meanwhile, or a pid that is somebody else's now: both are none of our business.
+        if let Some(handle) = proc::open(member.pid, member.start_time) {
+            let _ = proc::signal(handle, Signal::KILL);
+        }
+    }
+}
+
+/// "pid 4711 (sglang::schedul, state D)", for messages.
+pub fn names(members: &[Stat]) -> String {
+    let names: Vec<String> = members.iter().map(|m| format!("pid {} ({}, state {})", m.pid, m.comm, m.state)).collect();
+    names.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(pid: i32, ppid: i32, sid: i32, start_time: u64) -> Stat {
+        Stat { pid, comm: "x".into(), state: 'S', ppid, pgid: sid, sid, start_time }
+    }
+
+    fn tree() -> Tree {
+        Tree { launch_id: "a1".into(), leader: Some(Leader { pid: 100, start_time: 50 }) }
+    }
+
+    fn pids(found: &[Stat]) -> Vec<i32> {
+        found.iter().map(|p| p.pid).collect()
+    }
+
+    #[test]
+    fn the_session_and_its_descendants_belong_to_it() {
+        let all =
+            [process(1, 0, 1, 0), process(100, 1, 100, 50), process(101, 100, 100, 60), process(102, 101, 102, 70)];
+        assert_eq!(pids(&tree().find(&all, |_, _| false)), [100, 101, 102]);
+    }
+
+    #[test]
+    fn one_that_left_session_and_parent_is_known_by_its_mark() {
+        let all = [process(1, 0, 1, 0), process(200, 1, 200, 80), process(201, 200, 200, 81), process(300, 1, 300, 10)];
+        assert_eq!(pids(&tree().find(&all, |pid, mark| pid == 200 && mark == b"SGLANGD_LAUNCH_ID=a1")), [200, 201]);
+    }
+
+    #[test]
+    fn a_stranger_with_the_dead_leaders_pid_is_left_alone() {
+        let all = [process(1, 0, 1, 0), process(100, 1, 100, 999), process(101, 100, 100, 1000)];
+        assert_eq!(pids(&tree().find(&all, |_, _| false)), Vec::<i32>::new());
+    }
+
+    #[test]
+    fn orphans_of_a_dead_leader_are_found_by_their_session() {
+        let all = [process(1, 0, 1, 0), process(101, 1, 100, 60)];
+        assert_eq!(pids(&tree().find(&all, |_, _| false)), [101]);
+    }
+
+    #[test]
+    fn zombies_are_dead() {
+        let mut dead = process(101, 1, 100, 60);
+        dead.state = 'Z';
+        assert!(tree().find(&[dead], |_, _| true).is_empty());
+    }
+}

@@ -1,0 +1,120 @@
+//! The shape of `GET /status`: what sglangd says it is doing, for people and programs.
+//!
+//! Names and meanings are an interface: changing one is a breaking change.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::EngineState;
+
+/// `GET /status`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// sglangd's own version.
+    pub version: String,
+    pub state: EngineState,
+    /// What happens within the state, in words ("loading weights 12/64"); empty when nothing does.
+    pub phase: String,
+    /// Progress of a start or a download, 0–100.
+    pub percent: Option<f32>,
+    /// Seconds until ready, as far as anybody can say.
+    pub eta_seconds: Option<u64>,
+    /// Why it does not serve, in one sentence; empty when it does.
+    pub reason: String,
+    /// What to do about it; empty when nothing is to be done.
+    pub advice: String,
+    pub model: ModelStatus,
+    pub engine: EngineStatus,
+    pub requests: Requests,
+    pub proxy: ProxyStatus,
+    /// Progress of the weights, while they are fetched.
+    pub weights: Option<WeightsStatus>,
+    pub listen: Listening,
+    /// What is not as it should be, though it works.
+    pub warnings: Vec<String>,
+    /// Since sglangd's start.
+    pub uptime_seconds: u64,
+    /// The files the configuration came from; empty: the built-in one.
+    pub config_files: Vec<PathBuf>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelStatus {
+    /// The name clients use.
+    pub name: String,
+    pub repo: Option<String>,
+    pub revision: Option<String>,
+    /// The commit that `revision` stood for.
+    pub commit: Option<String>,
+    /// The snapshot's folder.
+    pub path: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineStatus {
+    pub pid: Option<i32>,
+    /// The engine's version, once it is known.
+    pub version: Option<String>,
+    /// RFC 3339.
+    pub started_at: Option<String>,
+    /// Engines started again since sglangd's start.
+    pub restarts: u32,
+    /// How the last one ended ("exit status 1", "killed by SIGKILL") and why.
+    pub last_exit: Option<String>,
+    pub command: Vec<String>,
+    /// The private port.
+    pub port: Option<u16>,
+    /// Its processes by title, as far as they can be seen (`sglang::scheduler_TP3`).
+    pub ranks: Vec<RankStatus>,
+    /// A hang is suspected since this many seconds.
+    pub suspected_seconds: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankStatus {
+    pub name: String,
+    pub pid: i32,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Requests {
+    /// Open towards the engine.
+    pub in_flight: usize,
+    /// Waiting for a place or for the engine.
+    pub queued: usize,
+    pub max: usize,
+    /// The scaling signal: requests this node should carry.
+    pub target: usize,
+    /// Answered by the engine since the proxy's start.
+    pub served: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProxyStatus {
+    pub pid: Option<u32>,
+    pub restarts: u64,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct WeightsStatus {
+    pub files: u64,
+    /// Bytes there.
+    pub done: u64,
+    /// Bytes in all.
+    pub total: u64,
+    /// Bytes a second.
+    pub rate: u64,
+    /// Nothing has come for a while.
+    pub stalled: bool,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listening {
+    /// Where clients connect.
+    pub public: String,
+    /// Status and metrics.
+    pub admin: String,
+    /// The same on a Unix socket.
+    pub admin_socket: Option<PathBuf>,
+}

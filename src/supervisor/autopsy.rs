@@ -1,0 +1,80 @@
+//! Puts a death into words: from the exit status, the last lines and what was going on.
+
+use std::io;
+
+use super::cause::Cause;
+use super::step::{Failure, Retry};
+use crate::cli::exit::Exit;
+use crate::engine::death::{self, Evidence, ExitRow, How, Reached};
+use crate::engine::log::Signature;
+use crate::launch::reaper::Ended;
+
+/// The program could not be started at all.
+pub fn not_started(program: &str, error: &io::Error) -> Cause {
+    match error.kind() {
+        io::ErrorKind::NotFound => Cause::never(
+            "bad_config",
+            Exit::Config.code(),
+            format!("The engine's program {program} does not exist."),
+            "Correct engine.command, or install it.",
+        ),
+        io::ErrorKind::PermissionDenied => Cause::never(
+            "bad_config",
+            Exit::Config.code(),
+            format!("The engine's program {program} may not be executed."),
+            "Correct engine.command, or its permissions (chmod +x).",
+        ),
+        io::ErrorKind::WouldBlock => Cause::passing(
+            "no_resources",
+            Exit::Engine.code(),
+            format!("The engine's process could not be started: a limit on processes is reached ({error})."),
+            "Look at TasksMax, pids.max and ulimit -u.",
+        ),
+        _ => Cause::passing(
+            "no_resources",
+            Exit::Engine.code(),
+            format!("The engine's process could not be started: {error}."),
+            "",
+        ),
+    }
+}
+
+/// What was found with a dead or hung engine.
+#[derive(Debug)]
+pub struct Found {
+    pub ended: Option<Ended>,
+    pub reached: Reached,
+    pub tail: Vec<Vec<u8>>,
+    pub signatures: Vec<Signature>,
+    /// The supervisor's own judgement, where it ended a living engine.
+    pub verdict: Option<String>,
+}
+
+/// One class, one sentence, one piece of advice. `before`: the class of the start before this one, if
+/// no engine was ready in between.
+pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {
+    let how = match (found.ended, &found.verdict) {
+        (Some(Ended::Exited(code)), _) => How::Exited(code),
+        (Some(Ended::Signaled(signal)), _) => How::Signaled(signal),
+        (None, _) => How::Hung,
+    };
+    let evidence =
+        Evidence { how, reached: found.reached, tail: &found.tail, signatures: &found.signatures, oom_kill: None };
+    let cause = death::classify(&evidence);
+    let exit = match cause.exit {
+        ExitRow::Weights => Exit::Weights,
+        ExitRow::Engine => Exit::Engine,
+        ExitRow::CrashLoop => Exit::CrashLoop,
+    };
+    let class = cause.class.name();
+    let retry = match cause.retry {
+        death::Retry::Never => Retry::Never,
+        death::Retry::Once if before == Some(class) => Retry::Never,
+        death::Retry::Once | death::Retry::Backoff => Retry::Backoff,
+    };
+    Cause {
+        failure: Failure { class, retry, exit: exit.code() },
+        sentence: found.verdict.clone().unwrap_or(cause.sentence),
+        advice: cause.advice.to_owned(),
+    }
+}

@@ -1,0 +1,430 @@
+//! Carries out what `step` wishes and reports back what happens: the only file that does both.
+//!
+//! One task owns the machine and everything it moves. All else (watchers, the fetch, the proxy's
+//! link) sends it messages, and reads what it publishes.
+
+mod act;
+mod duty;
+
+use std::ffi::OsString;
+use std::net::TcpListener;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+
+use super::acquire::{Acquired, Means};
+use super::cause::Cause;
+use super::fetcher::Current;
+use super::half::{Half, HalfView, Orders};
+use super::loading::Loading;
+use super::prepare::Prepared;
+use super::report::{Facts, Systemd, headline};
+use super::running::{Notice, Running, Stuck};
+use super::step::{Action, Event, Machine, Millis, Policy, State};
+use crate::cli::exit::Exit;
+use crate::config::Config;
+use crate::config::folders::Folders;
+use crate::config::{Loaded, OnGiveUp};
+use crate::engine::env::Env;
+use crate::health::probe::Pulse;
+use crate::health::verdict::LastProbe;
+use crate::launch::guard::Guarded;
+use crate::launch::output::Said;
+use crate::launch::spawner::Spawner;
+use crate::link::status::{Listening, RankStatus, Status, WeightsStatus};
+use crate::link::{EngineView, ProxySettings};
+use crate::shutdown::{Signals, Wish};
+use crate::weights::Progress;
+
+/// Results of the driver's own tasks: one of each kind at a time.
+const REPORTS: usize = 32;
+/// Facts of the log; a start of eight ranks says some hundred within a second.
+const FACTS: usize = 1024;
+/// Steps of a download's bar, four a second.
+const STEPS: usize = 16;
+/// How often the driver looks at everything by itself.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// Stop signals closer together than this are one; nobody presses Ctrl-C twice so fast.
+const ONE_WISH: Duration = Duration::from_millis(100);
+
+/// What the driver's own tasks report.
+#[derive(Debug)]
+enum Report {
+    Acquired(Result<Acquired, Cause>),
+    Prepared(Result<Box<Prepared>, Cause>),
+    Examined(Cause),
+    Pulse(Pulse),
+    Notice(Notice),
+    TreeEmpty,
+    Released { roll: u16 },
+}
+
+/// Reads the configuration anew, for SIGHUP; the error is ready to be shown.
+pub struct Reload(pub Box<dyn Fn() -> Result<Loaded, String> + Send>);
+
+impl std::fmt::Debug for Reload {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Reload")
+    }
+}
+
+/// Everything that is passed in: the driver opens and catches nothing itself.
+#[derive(Debug)]
+pub struct Outside {
+    pub loaded: Loaded,
+    pub folders: Folders,
+    pub own_env: Env,
+    pub inspect_arguments: Vec<OsString>,
+    pub spawner: Spawner,
+    pub listeners: Arc<Vec<TcpListener>>,
+    pub listen: Listening,
+    pub guard: Option<Guarded<std::process::ChildStdin>>,
+    pub signals: Signals,
+    pub reload: Reload,
+}
+
+/// What others may read and ask while the driver runs.
+#[derive(Debug, Clone)]
+pub struct Outlook {
+    pub status: watch::Receiver<Status>,
+    pub engine: watch::Receiver<EngineView>,
+    pub half: Half,
+}
+
+#[derive(Debug)]
+pub struct Driver {
+    machine: Machine,
+    born: Instant,
+    means: Means,
+    spawner: Spawner,
+    listen: Listening,
+    guard: Option<Guarded<std::process::ChildStdin>>,
+    signals: Signals,
+    reload: Reload,
+
+    half: Half,
+    half_view: watch::Receiver<HalfView>,
+    /// The proxy's traffic reports seen when the drain was asked for: older ones prove nothing.
+    drain_asked: Option<u64>,
+    settings: watch::Sender<ProxySettings>,
+    engine_view: watch::Sender<EngineView>,
+    status: watch::Sender<Status>,
+    systemd: Systemd,
+    headline: String,
+
+    reports: mpsc::Sender<Report>,
+    inbox: mpsc::Receiver<Report>,
+    said: mpsc::Sender<Said>,
+    hearing: mpsc::Receiver<Said>,
+    steps: mpsc::Sender<Progress>,
+    downloading: mpsc::Receiver<Progress>,
+    phases: mpsc::Sender<String>,
+    phasing: mpsc::Receiver<String>,
+
+    current: Current,
+    stuck: Stuck,
+    acquired: Option<Acquired>,
+    prepared: Option<Box<Prepared>>,
+    engine: Option<Running>,
+    loading: Loading,
+    weights: Option<WeightsStatus>,
+    cause: Option<Cause>,
+    last_exit: Option<String>,
+    ranks: Vec<RankStatus>,
+    warnings: Vec<String>,
+    pulse: duty::PulseState,
+    stop_asked: Option<Instant>,
+    exit: Option<u8>,
+}
+
+impl Driver {
+    /// Starts the proxy; the engine follows with [`Driver::run`].
+    pub fn new(outside: Outside) -> (Self, Outlook) {
+        let Outside { loaded, folders, own_env, inspect_arguments, spawner, listeners, listen, guard, signals, reload } =
+            outside;
+        let config = loaded.config.clone();
+        let warnings = loaded.warnings.clone();
+        let (machine, _) = Machine::start(policy(&config));
+        let (reports, inbox) = mpsc::channel(REPORTS);
+        let (said, hearing) = mpsc::channel(FACTS);
+        let (steps, downloading) = mpsc::channel(STEPS);
+        let (phases, phasing) = mpsc::channel(STEPS);
+        let means = Means { loaded, folders, own_env: own_env.clone(), inspect_arguments };
+
+        let facts = Facts {
+            machine: &machine,
+            config: &config,
+            config_files: &means.loaded.files,
+            phase: "",
+            percent: None,
+            eta_seconds: None,
+            cause: None,
+            stuck: "",
+            engine: None,
+            ranks: &[],
+            engine_version: None,
+            last_exit: None,
+            snapshots: &[],
+            weights: None,
+            half: &HalfView::default(),
+            listen: &listen,
+            warnings: &warnings,
+            uptime: Duration::ZERO,
+            suspected: None,
+        };
+        let (status, status_reader) = watch::channel(facts.status());
+        let (engine_view, engine_reader) = watch::channel(facts.view());
+        let (settings, settings_reader) = watch::channel(ProxySettings::from(&config));
+        let half = Half::keep(
+            spawner.clone(),
+            listeners,
+            Orders { settings: settings_reader, engine: engine_reader.clone() },
+            proxy_env(&own_env, &config),
+        );
+        let outlook = Outlook { status: status_reader, engine: engine_reader, half: half.clone() };
+        let driver = Self {
+            machine,
+            born: Instant::now(),
+            means,
+            spawner,
+            listen,
+            guard,
+            signals,
+            reload,
+            half_view: half.view(),
+            half,
+            drain_asked: None,
+            settings,
+            engine_view,
+            status,
+            systemd: Systemd::new(),
+            headline: String::new(),
+            reports,
+            inbox,
+            said,
+            hearing,
+            steps,
+            downloading,
+            phases,
+            phasing,
+            current: Current::default(),
+            stuck: Arc::new(Mutex::new(String::new())),
+            acquired: None,
+            prepared: None,
+            engine: None,
+            loading: Loading::default(),
+            weights: None,
+            cause: None,
+            last_exit: None,
+            ranks: Vec::new(),
+            warnings,
+            pulse: duty::PulseState::default(),
+            stop_asked: None,
+            exit: None,
+        };
+        (driver, outlook)
+    }
+
+    fn config(&self) -> &Config {
+        &self.means.loaded.config
+    }
+
+    fn now(&self) -> Millis {
+        self.born.elapsed().as_millis() as Millis
+    }
+
+    /// Runs until the machine is stopped; the exit code is its last word.
+    pub async fn run(mut self) -> u8 {
+        self.act(Action::Fetch).await;
+        self.publish();
+        let mut beat = tokio::time::interval(BEAT);
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        loop {
+            if let Some(code) = self.exit {
+                self.farewell();
+                return code;
+            }
+            let due = self.machine.deadline().map(|at| self.born + Duration::from_millis(at));
+            tokio::select! {
+                biased;
+                wish = self.signals.next() => self.wished(wish).await,
+                Some(report) = self.inbox.recv() => self.reported(report).await,
+                Some(said) = self.hearing.recv() => self.heard(said).await,
+                Some(step) = self.downloading.recv() => self.downloaded(&step),
+                Some(phase) = self.phasing.recv() => self.loading.named(phase),
+                Ok(()) = self.half_view.changed() => self.traffic_changed().await,
+                () = sleep_until(due) => self.on(Event::Tick).await,
+                _ = beat.tick() => self.beat().await,
+            }
+            self.publish();
+        }
+    }
+
+    /// One step of the machine, and what it wishes.
+    async fn on(&mut self, event: Event) {
+        let now = self.now();
+        let before = std::mem::discriminant(&self.machine.state);
+        for action in self.machine.step(&event, now) {
+            self.act(action).await;
+        }
+        if before != std::mem::discriminant(&self.machine.state) {
+            self.entered();
+        }
+    }
+
+    /// What belongs to a state from its first moment.
+    fn entered(&mut self) {
+        match self.machine.state {
+            State::Fetching | State::Preparing => {
+                self.loading = Loading::default();
+                self.pulse = duty::PulseState::default();
+            }
+            State::Launching => self.weights = None,
+            State::Ready => {
+                self.cause = None;
+                if let Some(engine) = &mut self.engine {
+                    engine.stop_watching();
+                    let named = engine.named_ranks();
+                    engine.ranks = named.iter().map(|(_, stat)| stat.clone()).collect();
+                    self.ranks = named.into_iter().map(|(name, _)| name).collect();
+                }
+                self.loading.ready();
+                self.pulse.passed();
+                self.pulse.served = true;
+            }
+            _ => {}
+        }
+    }
+
+    async fn wished(&mut self, wish: Wish) {
+        match wish {
+            // Terminals, `timeout` and container runtimes signal a process and its group: two signals
+            // so close are one wish.
+            Wish::Stop if self.stop_asked.is_some_and(|at| at.elapsed() < ONE_WISH) => {}
+            Wish::Stop => {
+                self.stop_asked.get_or_insert_with(Instant::now);
+                if self.machine.stopping() {
+                    tracing::warn!("asked again to stop: not waiting any longer");
+                } else {
+                    tracing::info!("stopping, within {} s", self.config().shutdown.grace.as_secs());
+                    self.systemd.stopping();
+                }
+                self.on(Event::Stop).await;
+            }
+            Wish::Reload => self.reloaded(),
+            Wish::Reap => {
+                while self.spawner.reap() == crate::launch::reaper::BATCH {
+                    tokio::task::yield_now().await;
+                }
+            }
+            Wish::Quit => tracing::warn!(
+                "SIGQUIT: an orphaned rank of the engine signals its failure, or somebody wants a core dump; nothing is done about it"
+            ),
+            Wish::Nothing => tracing::debug!("SIGUSR1 or SIGUSR2: nothing is done about it"),
+        }
+    }
+
+    fn publish(&mut self) {
+        let stuck = self.stuck.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let half = self.half_view.borrow().clone();
+        let phase = self.loading.phase(&self.machine.state);
+        let facts = Facts {
+            machine: &self.machine,
+            config: &self.means.loaded.config,
+            config_files: &self.means.loaded.files,
+            phase: &phase,
+            percent: self.loading.percent(&self.machine.state, self.weights.as_ref()),
+            eta_seconds: self.loading.eta_seconds(&self.machine.state),
+            cause: self.cause.as_ref(),
+            stuck: &stuck,
+            engine: self.engine.as_ref(),
+            ranks: &self.ranks,
+            engine_version: self.acquired.as_ref().and_then(|a| a.engine_version.as_deref()),
+            last_exit: self.last_exit.as_deref(),
+            snapshots: self.acquired.as_ref().map_or(&[], |a| &a.snapshots),
+            weights: self.weights.as_ref(),
+            half: &half,
+            listen: &self.listen,
+            warnings: &self.warnings,
+            uptime: self.born.elapsed(),
+            suspected: self.pulse.suspected,
+        };
+        let (status, view) = (facts.status(), facts.view());
+        self.systemd.step(&status);
+        let line = headline(&status);
+        // The percentage moves four times a second; the log gets a line when something happens.
+        let gist = format!(
+            "{}{}{}",
+            status.state.name(),
+            status.phase.trim_end_matches(|c: char| c.is_ascii_digit() || "/ %".contains(c)),
+            status.reason
+        );
+        if gist != self.headline {
+            self.headline = gist;
+            tracing::info!("{line}");
+        }
+        self.engine_view.send_if_modified(|old| {
+            let changed = *old != view;
+            *old = view;
+            changed
+        });
+        self.status.send_replace(status);
+    }
+
+    /// Everything was ended: nothing is left to guard, to say, or to find.
+    fn farewell(&mut self) {
+        if let Some(guard) = self.guard.take() {
+            guard.bye();
+        }
+    }
+}
+
+/// Never, where nothing is due.
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn policy(config: &Config) -> Policy {
+    let ms = |d: Duration| d.as_millis() as Millis;
+    Policy {
+        max_failures: config.restart.max,
+        window: ms(config.restart.window),
+        backoff: ms(config.restart.backoff),
+        backoff_max: ms(config.restart.backoff_max),
+        give_up: match config.restart.on_give_up {
+            OnGiveUp::Serve => super::step::GiveUp::Serve,
+            OnGiveUp::Exit => super::step::GiveUp::Exit,
+        },
+        grace: ms(config.shutdown.grace),
+        start_stall: ms(config.start.stall),
+        start_limit: ms(config.start.limit),
+    }
+}
+
+/// The proxy parses untrusted bytes: it gets nothing it could lose, no token and no key.
+fn proxy_env(own: &Env, config: &Config) -> Env {
+    let keep = ["PATH", "HOME", "LANG", "LC_ALL", "TZ", "RUST_BACKTRACE", "TERM", "NO_COLOR"];
+    let mut env: Env =
+        own.iter().filter(|(name, _)| keep.iter().any(|k| name == k)).map(|(n, v)| (n.clone(), v.clone())).collect();
+    env.insert("SGLANGD_OBSERVE_LEVEL".into(), config.observe.level.clone().into());
+    let format = match config.observe.format {
+        crate::config::LogFormat::Text => "text",
+        crate::config::LogFormat::Json => "json",
+    };
+    env.insert("SGLANGD_OBSERVE_LOG".into(), format.into());
+    env
+}
+
+/// The codes of a start that cannot be.
+pub fn exit_of(code: u8) -> Exit {
+    [Exit::Ok, Exit::Usage, Exit::Config, Exit::Weights, Exit::Engine, Exit::Bug, Exit::CrashLoop]
+        .into_iter()
+        .find(|exit| exit.code() == code)
+        .unwrap_or(Exit::Bug)
+}

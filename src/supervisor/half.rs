@@ -1,0 +1,235 @@
+//! The other half: keeps one proxy process alive on the inherited listeners, and the link to it.
+//!
+//! It dies alone: a proxy that crashes costs the clients on it their connections and nothing else.
+//! The listeners stay open here, so that connections wait in the backlog until the next one accepts.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::net::TcpListener;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+use crate::launch::spawner::Spawner;
+use crate::link::{self, Down, EngineView, HEARTBEAT, ProxySettings, Traffic, Up};
+use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
+
+/// A proxy that lived shorter than this is not replaced at once: something is wrong with it.
+const SHORT_LIFE: Duration = Duration::from_secs(1);
+/// Wait before replacing a proxy that keeps dying.
+const NEXT_TRY: Duration = Duration::from_millis(500);
+/// Commands under way: drain, cut, scrapes.
+const COMMANDS: usize = 16;
+/// A metrics page is gathered within milliseconds; a proxy that takes longer is stuck.
+const SCRAPE_LIMIT: Duration = Duration::from_secs(2);
+
+/// What the proxy is told; the latest counts.
+#[derive(Debug, Clone)]
+pub struct Orders {
+    pub settings: watch::Receiver<ProxySettings>,
+    pub engine: watch::Receiver<EngineView>,
+}
+
+/// What is known of the proxy.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HalfView {
+    pub pid: Option<u32>,
+    pub restarts: u64,
+    pub traffic: Traffic,
+    /// Traffic reports received from this proxy so far.
+    pub reports: u64,
+    /// What it could not live by at the last reload.
+    pub refused: Option<String>,
+}
+
+#[derive(Debug)]
+enum Command {
+    Send(Down),
+    Scrape(oneshot::Sender<String>),
+}
+
+/// Speaks to whichever proxy runs at the moment.
+#[derive(Debug, Clone)]
+pub struct Half {
+    commands: mpsc::Sender<Command>,
+    view: watch::Receiver<HalfView>,
+}
+
+impl Half {
+    /// Starts keeping a proxy alive. Ends it when every [`Half`] is dropped.
+    pub fn keep(
+        spawner: Spawner,
+        listeners: Arc<Vec<TcpListener>>,
+        orders: Orders,
+        log_env: BTreeMap<OsString, OsString>,
+    ) -> Self {
+        let (commands, inbox) = mpsc::channel(COMMANDS);
+        let (tell, view) = watch::channel(HalfView::default());
+        tokio::spawn(keep(spawner, listeners, orders, log_env, inbox, tell));
+        Self { commands, view }
+    }
+
+    pub fn view(&self) -> watch::Receiver<HalfView> {
+        self.view.clone()
+    }
+
+    /// Admit nothing more.
+    pub fn drain(&self) {
+        self.send(Down::Drain);
+    }
+
+    /// End open streams with an error event.
+    pub fn cut(&self, reason: &str) {
+        self.send(Down::CutStreams { reason: reason.to_owned() });
+    }
+
+    fn send(&self, message: Down) {
+        // Full: the proxy does not read; it is about to be found dead, and its clients with it.
+        let _ = self.commands.try_send(Command::Send(message));
+    }
+
+    /// Its metrics page; `None` while no proxy answers.
+    pub async fn scrape(&self) -> Option<String> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.try_send(Command::Scrape(reply)).ok()?;
+        tokio::time::timeout(SCRAPE_LIMIT, answer).await.ok()?.ok()
+    }
+}
+
+async fn keep(
+    spawner: Spawner,
+    listeners: Arc<Vec<TcpListener>>,
+    orders: Orders,
+    env: BTreeMap<OsString, OsString>,
+    mut inbox: mpsc::Receiver<Command>,
+    tell: watch::Sender<HalfView>,
+) {
+    loop {
+        let begun = Instant::now();
+        match run(&spawner, &listeners, orders.clone(), env.clone(), &mut inbox, &tell).await {
+            Ok(Ended::NoLongerWanted) => return,
+            Ok(Ended::Died(how)) => {
+                tracing::error!("the proxy process died ({how}); starting another on the same sockets")
+            }
+            Err(error) => tracing::error!("the proxy process could not be started: {error}"),
+        }
+        tell.send_modify(|view| {
+            view.pid = None;
+            view.traffic = Traffic::default();
+            view.reports = 0;
+            view.restarts += 1;
+        });
+        if begun.elapsed() < SHORT_LIFE {
+            tokio::time::sleep(NEXT_TRY).await;
+        }
+    }
+}
+
+enum Ended {
+    /// Every `Half` is gone.
+    NoLongerWanted,
+    Died(String),
+}
+
+async fn run(
+    spawner: &Spawner,
+    listeners: &[TcpListener],
+    mut orders: Orders,
+    env: BTreeMap<OsString, OsString>,
+    inbox: &mut mpsc::Receiver<Command>,
+    tell: &watch::Sender<HalfView>,
+) -> Result<Ended, link::LinkError> {
+    let (ours, theirs) = link::pair()?;
+    let mut argv: Vec<OsString> = vec!["/proc/self/exe".into(), "proxy".into()];
+    let mut keep = vec![theirs.as_raw_fd()];
+    argv.extend(["--link-fd".into(), theirs.as_raw_fd().to_string().into()]);
+    for listener in listeners {
+        keep.push(listener.as_raw_fd());
+        argv.extend(["--listen-fd".into(), listener.as_raw_fd().to_string().into()]);
+    }
+    let spec = Spec {
+        argv,
+        arg0: Some("sglangd".into()),
+        env,
+        session: Session::New,
+        stdin: Stream::Null,
+        stdout: Stream::Null,
+        stderr: Stream::Inherit,
+        keep,
+        cwd: None,
+        on_parent_death: ParentDeath::Kill,
+    };
+    let (child, mut end) = spawner.spawn(spec).await?;
+    drop(theirs);
+    let (mut reader, mut writer) = link::split(ours)?;
+    tell.send_modify(|view| view.pid = u32::try_from(child.pid).ok());
+
+    let first = orders.settings.borrow_and_update().clone();
+    writer.send(&Down::Settings(first)).await?;
+    let first = orders.engine.borrow_and_update().clone();
+    writer.send(&Down::Engine(first)).await?;
+
+    let mut heartbeat = tokio::time::interval(HEARTBEAT);
+    let mut scrapes: BTreeMap<u64, oneshot::Sender<String>> = BTreeMap::new();
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    loop {
+        let message = tokio::select! {
+            how = &mut end => {
+                return Ok(Ended::Died(how.map_or_else(|_| "unknown".into(), |how| how.to_string())));
+            }
+            up = reader.next::<Up>() => {
+                match up {
+                    Ok(Some(Up::Hello { pid, version })) => tracing::debug!("proxy {pid} ({version}) accepts connections"),
+                    Ok(Some(Up::Traffic(traffic))) => {
+                        tell.send_modify(|view| {
+                            view.traffic = traffic;
+                            view.reports += 1;
+                        });
+                    }
+                    Ok(Some(Up::Scraped { id, text })) => {
+                        if let Some(reply) = scrapes.remove(&id) {
+                            let _ = reply.send(text);
+                        }
+                    }
+                    Ok(Some(Up::Refused { reason })) => {
+                        tracing::error!("the proxy goes on with what it had: {reason}");
+                        tell.send_modify(|view| view.refused = Some(reason));
+                    }
+                    // Its process is at its end; a link that broke without it is ended with it below.
+                    Ok(None) | Err(_) => {
+                        let _ = crate::sys::proc::signal(&child.pidfd, rustix::process::Signal::KILL);
+                        let how = (&mut end).await.map_or_else(|_| "unknown".into(), |how| how.to_string());
+                        return Ok(Ended::Died(how));
+                    }
+                }
+                continue;
+            }
+            changed = orders.settings.changed() => {
+                if changed.is_err() { return Ok(Ended::NoLongerWanted) }
+                tell.send_modify(|view| view.refused = None);
+                Down::Settings(orders.settings.borrow_and_update().clone())
+            }
+            changed = orders.engine.changed() => {
+                if changed.is_err() { return Ok(Ended::NoLongerWanted) }
+                Down::Engine(orders.engine.borrow_and_update().clone())
+            }
+            command = inbox.recv() => match command {
+                Some(Command::Send(message)) => message,
+                Some(Command::Scrape(reply)) => {
+                    let id = NEXT.fetch_add(1, Ordering::Relaxed);
+                    scrapes.retain(|_, waiting| !waiting.is_closed());
+                    scrapes.insert(id, reply);
+                    Down::Scrape { id }
+                }
+                None => return Ok(Ended::NoLongerWanted),
+            },
+            _ = heartbeat.tick() => Down::Heartbeat,
+        };
+        // A proxy that is gone is noticed by its end, above.
+        let _ = writer.send(&message).await;
+    }
+}

@@ -1,0 +1,168 @@
+//! How far a start is, in words and per cent, for whichever state it is in.
+//!
+//! The engine's own progress is `engine::progress`; this adds what happens before the engine exists,
+//! and keeps what earlier starts took.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+use tokio::time::Instant;
+
+use super::step::State;
+use crate::engine::argv::LaunchSpec;
+use crate::engine::death::Reached;
+use crate::engine::log::Fact;
+use crate::engine::progress::{History, Progress, Stage};
+use crate::launch::output::Said;
+use crate::link::status::WeightsStatus;
+use crate::weights::Pace;
+
+/// Earlier starts of one model with one set of flags, in a file of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Memory(PathBuf);
+
+impl Memory {
+    /// What a start is like depends on the command, the model and the flags; not on the port, the
+    /// keys or the launch's own folders.
+    pub fn of(state: &Path, spec: &LaunchSpec) -> Self {
+        let mut hash = Sha256::new();
+        let mut skip = false;
+        for word in &spec.argv {
+            if !std::mem::take(&mut skip) {
+                hash.update(word.as_encoded_bytes());
+                hash.update([0]);
+            }
+            skip = word == "--port" || word == "--config";
+        }
+        for line in spec.yaml.lines().filter(|line| !line.contains("api-key")) {
+            hash.update(line.as_bytes());
+            hash.update([0]);
+        }
+        let name: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        Self(state.join("starts").join(format!("{name}.json")))
+    }
+
+    fn recall(&self) -> Option<History> {
+        serde_json::from_slice(&fs::read(&self.0).ok()?).ok()
+    }
+
+    /// Best effort: without it the next start has no ETA, and that is all.
+    fn keep(&self, history: &History) -> std::io::Result<()> {
+        if let Some(folder) = self.0.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        let temporary = self.0.with_extension("new");
+        fs::write(&temporary, serde_json::to_vec(history)?)?;
+        fs::rename(temporary, &self.0)
+    }
+}
+
+/// Whether something that was said is progress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum News {
+    Further,
+    Old,
+}
+
+#[derive(Debug)]
+struct Start {
+    since: Instant,
+    progress: Progress,
+    memory: Memory,
+}
+
+/// One attempt, from the first look at the cache to readiness.
+#[derive(Debug, Default)]
+pub struct Loading {
+    /// What happens outside the engine's log.
+    named: String,
+    fetch_eta: Option<u64>,
+    start: Option<Start>,
+}
+
+impl Loading {
+    /// Something begins that the engine's log does not speak of.
+    pub fn named(&mut self, phase: String) {
+        self.named = phase;
+    }
+
+    /// Bytes come, or do not.
+    pub fn fetching(&mut self, pace: Pace, eta_seconds: Option<u64>) {
+        self.named = match pace {
+            Pace::Moving => "fetching the weights".into(),
+            Pace::Stalled => "fetching the weights (stalled)".into(),
+        };
+        self.fetch_eta = eta_seconds;
+    }
+
+    /// The engine's process exists.
+    pub fn launched(&mut self, tp: u32, memory: Memory) {
+        let progress = Progress::new(tp, memory.recall().as_ref());
+        self.named.clear();
+        self.start = Some(Start { since: Instant::now(), progress, memory });
+    }
+
+    /// Takes in what the engine said.
+    pub fn heard(&mut self, said: &Said) -> News {
+        let Some(start) = &mut self.start else { return News::Old };
+        if matches!(said.fact, Fact::Fatal(_) | Fact::PrefillBatch { .. } | Fact::DecodeBatch { .. }) {
+            return News::Old;
+        }
+        start.progress.observe(said.fact, said.rank, start.since.elapsed().as_millis() as u64);
+        // Each rank's own step is progress too, though the slowest one sets the percentage.
+        News::Further
+    }
+
+    /// Ready: what it took is kept for the next start.
+    pub fn ready(&mut self) {
+        let Some(start) = &mut self.start else { return };
+        start.progress.ready(start.since.elapsed().as_millis() as u64);
+        if let Some(history) = History::from_progress(&start.progress)
+            && let Err(error) = start.memory.keep(&history)
+        {
+            tracing::debug!("what this start took could not be kept: {error}");
+        }
+    }
+
+    pub fn phase(&self, state: &State) -> String {
+        match (state, &self.start) {
+            (State::Loading { .. }, Some(start)) if self.named.is_empty() => {
+                start.progress.phase(start.since.elapsed().as_millis() as u64)
+            }
+            (State::Fetching | State::Preparing | State::Launching | State::Loading { .. }, _) => self.named.clone(),
+            _ => String::new(),
+        }
+    }
+
+    pub fn percent(&self, state: &State, weights: Option<&WeightsStatus>) -> Option<f32> {
+        match (state, weights, &self.start) {
+            (State::Fetching, Some(w), _) if w.total > 0 => Some((w.done as f64 / w.total as f64 * 100.0) as f32),
+            // The engine's own 100 is the ready line; here it is not ready before its /health said so.
+            (State::Loading { .. }, _, Some(start)) => start.progress.percent().map(|percent| percent.min(99.0)),
+            _ => None,
+        }
+    }
+
+    pub fn eta_seconds(&self, state: &State) -> Option<u64> {
+        match (state, &self.start) {
+            (State::Fetching, _) => self.fetch_eta,
+            (State::Loading { .. }, Some(start)) => {
+                start.progress.eta_seconds(start.since.elapsed().as_millis() as u64)
+            }
+            _ => None,
+        }
+    }
+
+    /// How far the engine came, for the cause of its death.
+    pub fn reached(&self) -> Reached {
+        match self.start.as_ref().map(|start| start.progress.stage()) {
+            None | Some(Stage::Import) => Reached::Nothing,
+            Some(Stage::Ranks | Stage::Join) => Reached::Ranks,
+            Some(Stage::Load) => Reached::Loading,
+            Some(Stage::Pool | Stage::Capture) => Reached::Loaded,
+            Some(Stage::Http | Stage::WarmUp) => Reached::Listening,
+            Some(Stage::Ready) => Reached::Ready,
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! What is told to the world after each step: `GET /status`, the proxy's view of the engine, systemd.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::time::Instant;
+
+use super::cause::Cause;
+use super::half::HalfView;
+use super::running::Running;
+use super::step::{Machine, State};
+use crate::config::{Config, ModelSource};
+use crate::link::status::{
+    EngineStatus, Listening, ModelStatus, ProxyStatus, RankStatus, Requests, Status, WeightsStatus,
+};
+use crate::link::{EngineState, EngineView};
+use crate::weights::Snapshot;
+
+/// Held over a restart where `limits.hold` says nothing: most engines that come back at all come
+/// back for a client that is still there.
+const HOLD_OVER_RESTART: Duration = Duration::from_secs(30);
+/// systemd is asked for this much more time with every sign of progress.
+const MORE_TIME: Duration = Duration::from_secs(60);
+/// And asked at most this often.
+const ASK_EVERY: Duration = Duration::from_secs(10);
+
+/// Everything a report is made from; borrowed from the driver.
+#[derive(Debug)]
+pub struct Facts<'a> {
+    pub machine: &'a Machine,
+    pub config: &'a Config,
+    pub config_files: &'a [PathBuf],
+    pub phase: &'a str,
+    pub percent: Option<f32>,
+    pub eta_seconds: Option<u64>,
+    pub cause: Option<&'a Cause>,
+    pub stuck: &'a str,
+    pub engine: Option<&'a Running>,
+    pub ranks: &'a [RankStatus],
+    pub engine_version: Option<&'a str>,
+    pub last_exit: Option<&'a str>,
+    pub snapshots: &'a [Snapshot],
+    pub weights: Option<&'a WeightsStatus>,
+    pub half: &'a HalfView,
+    pub listen: &'a Listening,
+    pub warnings: &'a [String],
+    pub uptime: Duration,
+    pub suspected: Option<Duration>,
+}
+
+/// The state's name for everybody outside.
+pub fn public_state(machine: &Machine) -> EngineState {
+    match &machine.state {
+        State::Fetching => EngineState::Fetching,
+        State::Preparing => EngineState::Preparing,
+        State::Launching => EngineState::Launching,
+        State::Loading { .. } => EngineState::Loading,
+        State::Ready => EngineState::Ready,
+        State::Busy => EngineState::Busy,
+        State::Failing { .. } => EngineState::Failing,
+        State::Draining { .. } => EngineState::Draining,
+        State::Stopping { .. } => EngineState::Stopping,
+        State::Reaping { .. } => EngineState::Reaping,
+        State::Releasing { .. } => EngineState::Releasing,
+        State::Unkillable { .. } => EngineState::Unkillable,
+        State::Backoff { .. } => EngineState::Backoff,
+        State::GaveUp { .. } => EngineState::GaveUp,
+        State::Stopped { .. } => EngineState::Stopped,
+    }
+}
+
+impl Facts<'_> {
+    fn reason(&self) -> String {
+        match &self.machine.state {
+            State::Ready | State::Busy => String::new(),
+            State::Unkillable { .. } => {
+                format!(
+                    "These processes do not end, not even by SIGKILL: {}. No second engine is started beside them.",
+                    self.stuck
+                )
+            }
+            State::Draining { .. } | State::Stopping { .. } | State::Stopped { .. } if self.machine.stopping() => {
+                "sglangd is stopping.".into()
+            }
+            _ if self.machine.stopping() => "sglangd is stopping.".into(),
+            _ => self.cause.map(|cause| cause.sentence.clone()).unwrap_or_default(),
+        }
+    }
+
+    fn advice(&self) -> String {
+        match &self.machine.state {
+            State::Ready | State::Busy => String::new(),
+            State::Unkillable { .. } => {
+                "They hang in the kernel, mostly in a driver: the node needs a look, then a reboot.".into()
+            }
+            _ => self.cause.map(|cause| cause.advice.clone()).unwrap_or_default(),
+        }
+    }
+
+    pub fn status(&self) -> Status {
+        let (repo, revision) = match &self.config.model.source {
+            ModelSource::Repo { repo, revision } => (Some(repo.clone()), Some(revision.clone())),
+            ModelSource::Folder(_) => (None, None),
+        };
+        let snapshot = self.snapshots.iter().find(|s| s.flag.is_none());
+        let path = match &self.config.model.source {
+            ModelSource::Folder(folder) => Some(folder.clone()),
+            ModelSource::Repo { .. } => snapshot.map(|s| s.path.clone()),
+        };
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            state: public_state(self.machine),
+            phase: self.phase.to_owned(),
+            percent: self.percent,
+            eta_seconds: self.eta_seconds,
+            reason: self.reason(),
+            advice: self.advice(),
+            model: ModelStatus {
+                name: self.config.model.name.clone(),
+                repo,
+                revision,
+                commit: snapshot.map(|s| s.commit.clone()),
+                path,
+            },
+            engine: EngineStatus {
+                pid: self.engine.map(|e| e.pid),
+                version: self.engine_version.map(str::to_owned),
+                started_at: self.engine.map(|e| e.started_at.clone()),
+                restarts: self.machine.restarts,
+                last_exit: self.last_exit.map(str::to_owned),
+                command: self.config.engine.command.clone(),
+                port: self.engine.map(|e| e.upstream.addr.port()),
+                ranks: self.ranks.to_vec(),
+                suspected_seconds: self.suspected.map(|d| d.as_secs()),
+            },
+            requests: Requests {
+                in_flight: self.half.traffic.in_flight,
+                queued: self.half.traffic.queued,
+                max: self.config.limits.max,
+                target: self.config.limits.target,
+                served: self.half.traffic.served,
+            },
+            proxy: ProxyStatus { pid: self.half.pid, restarts: self.half.restarts },
+            weights: self.weights.cloned(),
+            listen: self.listen.clone(),
+            warnings: self.warnings.to_vec(),
+            uptime_seconds: self.uptime.as_secs(),
+            config_files: self.config_files.to_vec(),
+        }
+    }
+
+    /// What the proxy may say and do.
+    pub fn view(&self) -> EngineView {
+        let state = public_state(self.machine);
+        let will_return = !self.machine.stopping()
+            && !matches!(state, EngineState::GaveUp | EngineState::Stopped | EngineState::Unkillable);
+        let hold = match (will_return, self.config.limits.hold.is_zero()) {
+            (false, _) => Duration::ZERO,
+            (true, false) => self.config.limits.hold,
+            (true, true) if self.machine.restarts > 0 || self.cause.is_some() => HOLD_OVER_RESTART,
+            (true, true) => Duration::ZERO,
+        };
+        EngineView {
+            state,
+            phase: self.phase.to_owned(),
+            percent: self.percent,
+            eta_seconds: self.eta_seconds,
+            reason: self.reason(),
+            upstream: match state {
+                EngineState::Ready | EngineState::Busy => self.engine.map(|e| e.upstream.clone()),
+                _ => None,
+            },
+            suspected: self.suspected.is_some(),
+            will_return,
+            hold_ms: hold.as_millis() as u64,
+        }
+    }
+}
+
+/// One line for people: the log, systemd's STATUS.
+pub fn headline(status: &Status) -> String {
+    let mut line = status.state.name().replace('_', " ");
+    if !status.phase.is_empty() {
+        line = format!("{line}: {}", status.phase);
+    }
+    if let Some(percent) = status.percent {
+        line = format!("{line}, {percent:.0} %");
+    }
+    if let Some(eta) = status.eta_seconds {
+        line = format!("{line}, ready in about {eta} s");
+    }
+    if !status.reason.is_empty() {
+        line = format!("{line}: {}", status.reason);
+    }
+    line
+}
+
+/// What systemd is told. All of it is best effort: without systemd nothing is said, and a socket
+/// that refuses changes nothing.
+#[derive(Debug)]
+pub struct Systemd {
+    told_ready: bool,
+    headline: String,
+    asked: Option<Instant>,
+    watchdog: Option<Duration>,
+    petted: Instant,
+}
+
+impl Systemd {
+    pub fn new() -> Self {
+        Self {
+            told_ready: false,
+            headline: String::new(),
+            asked: None,
+            // Half the time given, as sd_watchdog_enabled(3) advises.
+            watchdog: sd_notify::watchdog_enabled().map(|limit| limit / 2),
+            petted: Instant::now(),
+        }
+    }
+
+    fn tell(states: &[NotifyState<'_>]) {
+        let _ = sd_notify::notify(states);
+    }
+
+    /// After each step. READY is said at Ready, or at GaveUp, which serves too (503 with the reason).
+    pub fn step(&mut self, status: &Status) {
+        let line = headline(status);
+        if line != self.headline {
+            Self::tell(&[NotifyState::Status(&line)]);
+            self.headline = line;
+        }
+        let serves = matches!(status.state, EngineState::Ready | EngineState::Busy | EngineState::GaveUp);
+        if serves && !self.told_ready {
+            self.told_ready = true;
+            Self::tell(&[NotifyState::Ready]);
+        }
+    }
+
+    /// The start or the stop got further: systemd is to wait on.
+    pub fn progressed(&mut self) {
+        if self.asked.is_some_and(|at| at.elapsed() < ASK_EVERY) {
+            return;
+        }
+        self.asked = Some(Instant::now());
+        Self::tell(&[NotifyState::ExtendTimeoutUsec(u32::try_from(MORE_TIME.as_micros()).unwrap_or(u32::MAX))]);
+    }
+
+    /// Called by the driver's own loop each second: a driver that hangs pets no watchdog.
+    pub fn tick(&mut self) {
+        if self.watchdog.is_some_and(|every| self.petted.elapsed() >= every.saturating_sub(Duration::from_secs(1))) {
+            self.petted = Instant::now();
+            Self::tell(&[NotifyState::Watchdog]);
+        }
+    }
+
+    pub fn stopping(&self) {
+        Self::tell(&[NotifyState::Stopping]);
+    }
+
+    pub fn reloading(&self) {
+        if let Ok(now) = NotifyState::monotonic_usec_now() {
+            Self::tell(&[NotifyState::Reloading, now]);
+        }
+    }
+
+    pub fn reloaded(&self) {
+        if self.told_ready {
+            Self::tell(&[NotifyState::Ready]);
+        }
+    }
+}
+
+impl Default for Systemd {
+    fn default() -> Self {
+        Self::new()
+    }
+}

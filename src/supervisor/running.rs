@@ -1,0 +1,224 @@
+//! One engine that was started: its process, what it says, who watches it, and how it is ended.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, JoinHandle};
+use tokio::time::Instant;
+
+use super::fetcher::Current;
+use super::prepare::Prepared;
+use crate::engine::argv::LaunchSpec;
+use crate::health::probe::{Look, Pace, look};
+use crate::launch::leftovers::Leftovers;
+use crate::launch::output::{self, Heard, Said};
+use crate::launch::port::HeldPort;
+use crate::launch::reaper::Ended;
+use crate::launch::record::Record;
+use crate::launch::spawner::Spawner;
+use crate::launch::tree::{Leader, Tree, names};
+use crate::link::Upstream;
+use crate::link::status::RankStatus;
+use crate::observe::clock;
+use crate::sys::proc::{self, Stat};
+use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
+
+/// How long the last lines may take to come through the pipes once the main process is dead; its
+/// children may hold them open for longer.
+const LAST_WORDS: Duration = Duration::from_millis(300);
+/// Between two rounds of SIGKILL.
+const KILL_ROUND: Duration = Duration::from_millis(200);
+
+#[derive(Debug)]
+pub struct Running {
+    pub pid: i32,
+    pub tree: Tree,
+    pub upstream: Upstream,
+    pub started_at: String,
+    pub since: Instant,
+    pub heard: Arc<Heard>,
+    pub spec: LaunchSpec,
+    /// How it ended, once it did.
+    pub ended: Option<Ended>,
+    /// The ranks seen when it became ready: one that is gone is a dead engine.
+    pub ranks: Vec<Stat>,
+    handle: OwnedFd,
+    leftovers: Leftovers,
+    readers: Vec<JoinHandle<()>>,
+    watch: Option<AbortHandle>,
+    /// Kept for the engine's whole life: nobody else may take the port between two of its binds.
+    _port: HeldPort,
+}
+
+/// What the supervisor is told about a running engine by its watchers.
+#[derive(Debug)]
+pub enum Notice {
+    LooksReady,
+    Ended(Ended),
+}
+
+/// Starts the engine. The error is the kernel's word about the program.
+pub async fn launch(
+    prepared: Prepared,
+    spawner: &Spawner,
+    runtime: &Path,
+    facts: mpsc::Sender<Said>,
+    notices: mpsc::Sender<Notice>,
+) -> std::io::Result<(Running, Record)> {
+    let Prepared { spec, upstream, port, mut tree, leftovers, secrets, .. } = prepared;
+    let order = Spec {
+        argv: spec.argv.clone(),
+        arg0: None,
+        env: spec.env.clone(),
+        session: Session::New,
+        stdin: Stream::Null,
+        stdout: Stream::Piped,
+        stderr: Stream::Piped,
+        keep: Vec::new(),
+        cwd: None,
+        on_parent_death: ParentDeath::Kill,
+    };
+    let started = spawner.spawn(order).await;
+    let (mut child, end) = match started {
+        Ok(started) => started,
+        Err(error) => {
+            leftovers.sweep();
+            return Err(error);
+        }
+    };
+    tree.leader = proc::stat(child.pid).map(|stat| Leader { pid: child.pid, start_time: stat.start_time });
+    let record = Record { boot_id: proc::boot_id(), tree: tree.clone(), leftovers: leftovers.clone() };
+    if let Err(error) = record.write(runtime) {
+        tracing::warn!(
+            "{} could not be written ({error}): should sglangd be killed, the next start will not know this engine",
+            Record::path(runtime).display()
+        );
+    }
+    let streams = [child.stdout.take().map(OwnedFd::from), child.stderr.take().map(OwnedFd::from)];
+    let (heard, readers) = output::drain(streams.into_iter().flatten().collect(), secrets, facts)?;
+    let watch = tokio::spawn(watch_readiness(upstream.clone(), notices.clone())).abort_handle();
+    tokio::spawn(async move {
+        let how = end.await.unwrap_or(Ended::Exited(-1));
+        // The supervisor is gone: nobody to tell.
+        let _ = notices.send(Notice::Ended(how)).await;
+    });
+    let running = Running {
+        pid: child.pid,
+        tree,
+        upstream,
+        started_at: clock::now(),
+        since: Instant::now(),
+        heard,
+        spec,
+        ended: None,
+        ranks: Vec::new(),
+        handle: child.pidfd,
+        leftovers,
+        readers,
+        watch: Some(watch),
+        _port: port,
+    };
+    Ok((running, record))
+}
+
+async fn watch_readiness(upstream: Upstream, notices: mpsc::Sender<Notice>) {
+    let mut pace = Pace::default();
+    loop {
+        let seen = look(upstream.addr, upstream.api_key.as_deref()).await;
+        if seen == Look::Ready && notices.send(Notice::LooksReady).await.is_err() {
+            return;
+        }
+        tokio::time::sleep(pace.after(seen)).await;
+    }
+}
+
+impl Running {
+    /// Nobody needs to look for readiness any more.
+    pub fn stop_watching(&mut self) {
+        if let Some(watch) = self.watch.take() {
+            watch.abort();
+        }
+    }
+
+    /// SIGTERM to the main process alone: sent to the group it would kill the ranks, which the main
+    /// process takes for a crash (sglang PR #35202).
+    pub fn terminate(&self) {
+        // Gone already: its end is on its way.
+        let _ = proc::signal(self.handle.as_fd(), Signal::TERM);
+    }
+
+    /// Waits a little for the last lines of a dead engine.
+    pub fn take_last_words(&mut self) -> impl Future<Output = Vec<Vec<u8>>> + Send + 'static {
+        let readers = std::mem::take(&mut self.readers);
+        let heard = Arc::clone(&self.heard);
+        async move {
+            let all = async {
+                for reader in readers {
+                    // It ended by itself or was cancelled: either way there is nothing more.
+                    let _ = reader.await;
+                }
+            };
+            let _ = tokio::time::timeout(LAST_WORDS, all).await;
+            heard.tail()
+        }
+    }
+
+    /// The engine's processes by their titles.
+    pub fn named_ranks(&self) -> Vec<(RankStatus, Stat)> {
+        let mut ranks: Vec<(RankStatus, Stat)> = self
+            .tree
+            .members()
+            .into_iter()
+            .filter_map(|stat| {
+                let title = proc::command_line(stat.pid);
+                let name = title.split_whitespace().next()?.to_owned();
+                name.starts_with("sglang::").then_some((RankStatus { name, pid: stat.pid }, stat))
+            })
+            .collect();
+        ranks.sort_by(|a, b| a.0.name.cmp(&b.0.name));
+        ranks
+    }
+
+    /// A rank that was there when it became ready and is not any more.
+    pub fn dead_rank(&self) -> Option<&Stat> {
+        self.ranks
+            .iter()
+            .find(|rank| proc::stat(rank.pid).is_none_or(|now| now.start_time != rank.start_time || now.is_zombie()))
+    }
+
+    /// How to end it and everything it started.
+    pub fn end(&self) -> End {
+        End { tree: Some((self.tree.clone(), self.leftovers.clone())) }
+    }
+}
+
+/// Ends an engine's tree, or only the child that fetches or checks.
+#[derive(Debug, Default)]
+pub struct End {
+    tree: Option<(Tree, Leftovers)>,
+}
+
+/// Processes that not even SIGKILL has ended so far; empty when there are none.
+pub type Stuck = Arc<Mutex<String>>;
+
+impl End {
+    /// Returns when nothing is left; names what stays meanwhile.
+    pub async fn run(self, current: Current, stuck: Stuck) {
+        current.end().await;
+        let Some((tree, leftovers)) = self.tree else { return };
+        loop {
+            let left = tree.kill(KILL_ROUND).await;
+            *stuck.lock().unwrap_or_else(PoisonError::into_inner) = names(&left);
+            if left.is_empty() {
+                break;
+            }
+        }
+        // Files and a look at every process's maps: not on a worker of the runtime.
+        let swept = tokio::task::spawn_blocking(move || leftovers.sweep()).await.unwrap_or_default();
+        tracing::debug!("removed {} leftovers of the engine", swept.len());
+    }
+}

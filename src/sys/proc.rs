@@ -1,0 +1,136 @@
+//! What `/proc` says of processes, and signals that cannot hit the wrong one.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+/// One line of `/proc/PID/stat`, as far as it is needed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stat {
+    pub pid: i32,
+    /// At most 15 bytes of the name.
+    pub comm: String,
+    /// `R`, `S`, `D` (uninterruptible), `T` (stopped), `Z` (zombie) …
+    pub state: char,
+    pub ppid: i32,
+    pub pgid: i32,
+    pub sid: i32,
+    /// Clock ticks since boot: with the pid it names a process for ever.
+    pub start_time: u64,
+}
+
+impl Stat {
+    /// Dead, but not yet collected by its parent.
+    pub fn is_zombie(&self) -> bool {
+        matches!(self.state, 'Z' | 'X')
+    }
+}
+
+/// The process of this pid; `None` where there is none (any more).
+pub fn stat(pid: i32) -> Option<Stat> {
+    parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// All processes that can be seen. Those that end meanwhile are left out.
+pub fn all() -> Vec<Stat> {
+    let Ok(folder) = fs::read_dir("/proc") else { return Vec::new() };
+    folder.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter_map(stat).collect()
+}
+
+fn parse_stat(text: &str) -> Option<Stat> {
+    // The name may hold anything, `)` and spaces too: it ends at the last parenthesis.
+    let (head, rest) = text.rsplit_once(')')?;
+    let (pid, comm) = head.split_once(" (")?;
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    Some(Stat {
+        pid: pid.trim().parse().ok()?,
+        comm: comm.to_owned(),
+        state: fields.first()?.chars().next()?,
+        ppid: fields.get(1)?.parse().ok()?,
+        pgid: fields.get(2)?.parse().ok()?,
+        sid: fields.get(3)?.parse().ok()?,
+        start_time: fields.get(19)?.parse().ok()?,
+    })
+}
+
+/// The command line as one text; empty for zombies and kernel threads.
+pub fn command_line(pid: i32) -> String {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words: Vec<String> = bytes
+        .split(|b| *b == 0)
+        .filter(|word| !word.is_empty())
+        .map(|word| String::from_utf8_lossy(word).into_owned())
+        .collect();
+    words.join(" ")
+}
+
+/// Whether the process was started with `NAME=VALUE` in its environment (as `execve` saw it).
+pub fn has_env(pid: i32, assignment: &[u8]) -> bool {
+    fs::read(format!("/proc/{pid}/environ"))
+        .is_ok_and(|bytes| bytes.split(|b| *b == 0).any(|entry| entry == assignment))
+}
+
+/// The files that a process has mapped below `/dev/shm`, by name.
+pub fn mapped_shm(pid: i32) -> Vec<String> {
+    let bytes = fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let mut names: Vec<String> = text
+        .lines()
+        .filter_map(|line| line.split_once("/dev/shm/").map(|(_, name)| name.trim_end_matches(" (deleted)").to_owned()))
+        .collect();
+    if let Ok(folder) = fs::read_dir(format!("/proc/{pid}/fd")) {
+        for entry in folder.flatten() {
+            if let Ok(target) = fs::read_link(entry.path()) {
+                let target = String::from_utf8_lossy(&target.into_os_string().into_vec()).into_owned();
+                if let Some(name) = target.strip_prefix("/dev/shm/") {
+                    names.push(name.trim_end_matches(" (deleted)").to_owned());
+                }
+            }
+        }
+    }
+    names.sort();
+    names.dedup();
+    names
+}
+
+/// Names this boot of the kernel; empty where it cannot be read.
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// A handle on the process with this pid *and* start time. `None`: it is gone, whoever has the pid now.
+pub fn open(pid: i32, start_time: u64) -> Option<OwnedFd> {
+    let fd = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+    // Checked after opening: a pid that was reused in between shows another start time.
+    (stat(pid)?.start_time == start_time).then_some(fd)
+}
+
+/// Sends a signal to exactly this process. `ESRCH`: it is gone.
+pub fn signal(process: impl AsFd, signal: Signal) -> io::Result<()> {
+    Ok(pidfd_send_signal(process, signal)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_with_parentheses_and_spaces_is_read() {
+        let line = "42 (a) b (c) S 1 40 39 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654 10 20 1 2 3";
+        let stat = parse_stat(line).expect("a stat line");
+        assert_eq!((stat.pid, stat.comm.as_str(), stat.state), (42, "a) b (c", 'S'));
+        assert_eq!((stat.ppid, stat.pgid, stat.sid, stat.start_time), (1, 40, 39, 987_654));
+    }
+
+    #[test]
+    fn we_see_ourselves() {
+        let own = i32::try_from(std::process::id()).expect("a pid");
+        let stat = stat(own).expect("our own entry");
+        assert!(all().iter().any(|other| other.pid == own));
+        assert!(open(own, stat.start_time).is_some());
+        assert!(open(own, stat.start_time + 1).is_none(), "another start time is another process");
+    }
+}

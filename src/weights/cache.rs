@@ -1,0 +1,329 @@
+//! The standard Hugging Face cache on the disk: where things are, what is there, and how a finished file
+//! takes its place. Writes nothing but links, refs and the marker; blobs are written by `write`.
+//!
+//! ```text
+//! models--owner--name/blobs/HASH                     the bytes, named by the hub's hash
+//! models--owner--name/blobs/HASH.incomplete          the first bytes of it
+//! models--owner--name/snapshots/COMMIT/FILE          -> ../../blobs/HASH
+//! models--owner--name/refs/main                      COMMIT
+//! models--owner--name/.sglangd-complete-COMMIT.json  ours: what was proved, and when
+//! .locks/models--owner--name/HASH.lock               huggingface_hub's lock
+//! ```
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::error::FetchError;
+use super::name;
+use super::plan::{Hash, Present, RemoteFile};
+
+/// Whether the cache may be written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    ReadWrite,
+    ReadOnly,
+}
+
+/// One repository's part of the cache.
+#[derive(Debug, Clone)]
+pub struct RepoCache {
+    /// The cache's root.
+    pub root: PathBuf,
+    /// `models--owner--name`.
+    folder: String,
+}
+
+/// What an earlier run proved about one commit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Marker {
+    /// Raised when the meaning of a field changes; another one is no marker.
+    version: u32,
+    pub files: BTreeMap<String, Proved>,
+    /// Weight files the repository has and the run did not want: a run that wants them is not served by this marker.
+    pub skipped: Vec<String>,
+    pub listing: Listing,
+}
+
+/// Whose list of files a marker is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Listing {
+    /// The hub's: all there are.
+    Hub,
+    /// Of what the cache had: the hub may have more.
+    Cache,
+}
+
+/// One proved file: unchanged as long as the disk shows the same size, time and inode.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proved {
+    pub size: u64,
+    pub hash: Hash,
+    mtime_ns: i64,
+    inode: u64,
+}
+
+const MARKER_VERSION: u32 = 1;
+
+impl RepoCache {
+    pub fn new(root: &Path, repo: &str) -> Self {
+        Self { root: root.to_owned(), folder: format!("models--{}", repo.replace('/', "--")) }
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.root.join(&self.folder)
+    }
+
+    pub fn blob(&self, hash: &Hash) -> PathBuf {
+        self.dir().join("blobs").join(hash.hex())
+    }
+
+    pub fn incomplete(&self, hash: &Hash) -> PathBuf {
+        self.dir().join("blobs").join(format!("{}.incomplete", hash.hex()))
+    }
+
+    pub fn lock(&self, hash: &Hash) -> PathBuf {
+        self.root.join(".locks").join(&self.folder).join(format!("{}.lock", hash.hex()))
+    }
+
+    pub fn snapshot(&self, commit: &str) -> PathBuf {
+        self.dir().join("snapshots").join(commit)
+    }
+
+    fn marker_path(&self, commit: &str) -> PathBuf {
+        self.dir().join(format!(".sglangd-complete-{commit}.json"))
+    }
+
+    /// The commit that a branch or tag pointed to when it was last fetched.
+    pub fn read_ref(&self, revision: &str) -> Option<String> {
+        if name::is_commit(revision) {
+            return Some(revision.to_owned());
+        }
+        let text = fs::read_to_string(self.dir().join("refs").join(revision)).ok()?;
+        Some(text.trim().to_owned()).filter(|commit| name::is_commit(commit))
+    }
+
+    /// Writes the ref, if it says something else: a read-only cache that is right stays untouched.
+    pub fn write_ref(&self, revision: &str, commit: &str) -> Result<(), FetchError> {
+        if name::is_commit(revision) || self.read_ref(revision).as_deref() == Some(commit) {
+            return Ok(());
+        }
+        write_whole(&self.dir().join("refs").join(revision), commit.as_bytes())
+    }
+
+    /// What is there of one file of the hub's listing.
+    pub fn present(&self, commit: &str, file: &RemoteFile, marker: Option<&Marker>) -> Present {
+        let pointer = self.snapshot(commit).join(&file.name);
+        if let (Some(proved), Ok(meta)) = (marker.and_then(|m| m.files.get(&file.name)), fs::metadata(&pointer))
+            && proved.hash == file.hash
+            && proved.size == file.size
+            && proved.matches(&meta)
+        {
+            return Present::Verified;
+        }
+        // The pointer's own target wins over the blob of that name: without symlinks the pointer is the file.
+        for path in [pointer, self.blob(&file.hash)] {
+            if let Ok(meta) = fs::metadata(&path)
+                && meta.is_file()
+            {
+                return Present::Whole(meta.len());
+            }
+        }
+        fs::metadata(self.incomplete(&file.hash)).map_or(Present::No, |meta| Present::Part(meta.len()))
+    }
+
+    /// Where the bytes of a file that is there are: the snapshot's, else the blob's.
+    pub fn whole(&self, commit: &str, file: &RemoteFile) -> Option<PathBuf> {
+        [self.snapshot(commit).join(&file.name), self.blob(&file.hash)].into_iter().find(|path| path.is_file())
+    }
+
+    /// Puts a finished blob into the snapshot. Where links do not work, the blob itself moves there:
+    /// huggingface_hub does the same, and a copy would double 800 GB.
+    pub fn link(&self, commit: &str, file: &RemoteFile) -> Result<(), FetchError> {
+        let pointer = self.snapshot(commit).join(&file.name);
+        let blob = self.blob(&file.hash);
+        let depth = 1 + file.name.matches('/').count();
+        let target = Path::new(&"../".repeat(depth + 1)).join("blobs").join(file.hash.hex());
+        if !blob.exists() && pointer.is_file() {
+            return Ok(());
+        }
+        if fs::read_link(&pointer).is_ok_and(|now| now == target) {
+            return Ok(());
+        }
+        let disk = |source| FetchError::disk(&pointer, &file.name, source);
+        if let Some(folder) = pointer.parent() {
+            fs::create_dir_all(folder).map_err(disk)?;
+        }
+        // Made beside and renamed over, so that the name is never absent while somebody reads.
+        let fresh = pointer.with_file_name(format!(".{}.sglangd", file.hash.hex()));
+        remove(&fresh).map_err(disk)?;
+        match std::os::unix::fs::symlink(&target, &fresh) {
+            Ok(()) => fs::rename(&fresh, &pointer).map_err(disk),
+            Err(error) if no_links_here(&error) => fs::rename(&blob, &pointer).map_err(disk),
+            Err(error) => Err(disk(error)),
+        }
+    }
+
+    /// Removes what stands where a right file is to come: a blob that is wrong, or the pointer that is one itself.
+    pub fn discard(&self, commit: &str, file: &RemoteFile) -> Result<(), FetchError> {
+        for path in [self.snapshot(commit).join(&file.name), self.blob(&file.hash)] {
+            remove(&path).map_err(|source| FetchError::disk(&path, &file.name, source))?;
+        }
+        Ok(())
+    }
+
+    pub fn read_marker(&self, commit: &str) -> Option<Marker> {
+        let text = fs::read(self.marker_path(commit)).ok()?;
+        serde_json::from_slice::<Marker>(&text).ok().filter(|marker| marker.version == MARKER_VERSION)
+    }
+
+    /// Notes that `files` of `commit` are proved. Keeps what an earlier run proved of other files.
+    pub fn write_marker(
+        &self,
+        commit: &str,
+        files: &[RemoteFile],
+        skipped: &[String],
+        listing: Listing,
+    ) -> Result<(), FetchError> {
+        let before = self.read_marker(commit);
+        let fresh = || Marker { version: MARKER_VERSION, files: BTreeMap::new(), skipped: vec![], listing };
+        let mut marker = before.clone().unwrap_or_else(fresh);
+        for file in files {
+            let path = self.snapshot(commit).join(&file.name);
+            let meta = fs::metadata(&path).map_err(|source| FetchError::Disk { path, source })?;
+            marker.files.insert(file.name.clone(), Proved::new(file, &meta));
+        }
+        let proved = &marker.files;
+        // The hub's list of a commit never changes; the cache's own says nothing against it.
+        if listing == Listing::Hub || marker.listing == Listing::Cache {
+            marker.skipped = skipped.iter().filter(|name| !proved.contains_key(*name)).cloned().collect();
+            marker.listing = listing;
+        }
+        if before.as_ref() == Some(&marker) {
+            return Ok(());
+        }
+        let text = serde_json::to_vec(&marker).expect("maps of strings and numbers always serialize");
+        write_whole(&self.marker_path(commit), &text)
+    }
+
+    /// Whether the cache may be written to, without trying.
+    pub fn access(&self) -> Access {
+        use nix::unistd::{AccessFlags, access};
+        // The nearest folder that exists decides: it is where the first mkdir would happen.
+        let blobs = self.dir().join("blobs");
+        let nearest = blobs.ancestors().find(|dir| dir.exists()).unwrap_or(&self.root);
+        match access(nearest, AccessFlags::W_OK) {
+            Ok(()) => Access::ReadWrite,
+            Err(_) => Access::ReadOnly,
+        }
+    }
+
+    /// Bytes free for this user on the cache's disk.
+    pub fn free_space(&self) -> Result<u64, FetchError> {
+        let nearest = self.root.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
+        let stat = nix::sys::statvfs::statvfs(nearest)
+            .map_err(|errno| FetchError::Disk { path: nearest.to_owned(), source: errno.into() })?;
+        Ok(u64::from(stat.blocks_available()).saturating_mul(stat.fragment_size()))
+    }
+}
+
+impl Proved {
+    fn new(file: &RemoteFile, meta: &fs::Metadata) -> Self {
+        Self { size: file.size, hash: file.hash.clone(), mtime_ns: mtime_ns(meta), inode: meta.ino() }
+    }
+
+    /// Whether the disk still shows what was proved.
+    pub fn matches(&self, meta: &fs::Metadata) -> bool {
+        self.size == meta.len() && self.mtime_ns == mtime_ns(meta) && self.inode == meta.ino()
+    }
+}
+
+fn mtime_ns(meta: &fs::Metadata) -> i64 {
+    meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec())
+}
+
+/// FAT, some network and FUSE file systems.
+fn no_links_here(error: &std::io::Error) -> bool {
+    error.kind() == ErrorKind::Unsupported
+        || matches!(error.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP | libc::ENOSYS))
+}
+
+fn remove(path: &Path) -> std::io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Writes a small file that appears whole or not at all.
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), FetchError> {
+    let attempt = || -> std::io::Result<()> {
+        let folder = path.parent().ok_or_else(|| std::io::Error::other("no folder"))?;
+        fs::create_dir_all(folder)?;
+        let mut file = tempfile::Builder::new().prefix(".sglangd-").tempfile_in(folder)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        // Private by default; a shared cache is read by other users.
+        file.as_file().set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+        file.persist(path)?;
+        Ok(())
+    };
+    attempt().map_err(|source| FetchError::disk(path, &path.display().to_string(), source))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::plan::Transport;
+
+    const COMMIT: &str = "5f0b02c75b57c5855da9ae460ce51323ea669d8a";
+
+    fn file(name: &str) -> RemoteFile {
+        RemoteFile { name: name.into(), size: 3, hash: Hash::GitBlob("ab".repeat(20)), transport: Transport::Http }
+    }
+
+    #[test]
+    fn a_file_in_a_subfolder_links_to_the_blob() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = RepoCache::new(root.path(), "a/b");
+        let file = file("sub/deeper/x.json");
+        fs::create_dir_all(cache.blob(&file.hash).parent().unwrap()).unwrap();
+        fs::write(cache.blob(&file.hash), "abc").unwrap();
+        cache.link(COMMIT, &file).unwrap();
+        cache.link(COMMIT, &file).unwrap();
+        assert_eq!(fs::read_to_string(cache.snapshot(COMMIT).join("sub/deeper/x.json")).unwrap(), "abc");
+        assert_eq!(cache.present(COMMIT, &file, None), Present::Whole(3));
+    }
+
+    #[test]
+    fn h01_a_marker_stops_proving_a_file_that_was_touched() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = RepoCache::new(root.path(), "a/b");
+        let file = file("x.json");
+        fs::create_dir_all(cache.blob(&file.hash).parent().unwrap()).unwrap();
+        fs::write(cache.blob(&file.hash), "abc").unwrap();
+        cache.link(COMMIT, &file).unwrap();
+        cache.write_marker(COMMIT, std::slice::from_ref(&file), &[], Listing::Hub).unwrap();
+        let marker = cache.read_marker(COMMIT);
+        assert_eq!(cache.present(COMMIT, &file, marker.as_ref()), Present::Verified);
+        fs::remove_file(cache.blob(&file.hash)).unwrap();
+        fs::write(cache.blob(&file.hash), "abd").unwrap();
+        assert_eq!(cache.present(COMMIT, &file, marker.as_ref()), Present::Whole(3));
+    }
+
+    #[test]
+    fn a_ref_is_written_once_and_a_broken_one_is_no_ref() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = RepoCache::new(root.path(), "a/b");
+        assert_eq!(cache.read_ref("refs/pr/1"), None);
+        cache.write_ref("refs/pr/1", COMMIT).unwrap();
+        assert_eq!(cache.read_ref("refs/pr/1").as_deref(), Some(COMMIT));
+        fs::write(cache.dir().join("refs/main"), "garbage").unwrap();
+        assert_eq!(cache.read_ref("main"), None);
+    }
+}

@@ -1,0 +1,441 @@
+//! The hub as seen from here: a revision's commit, a commit's files, a file's bytes from an offset. hf-hub speaks the
+//! protocol and carries bytes; what it gets wrong or leaves out is put right here. Retries nothing and writes nothing.
+//!
+//! Own requests are made for the listing alone: hf-hub 1.0.0 reads `lfs.sha256` from the tree API, which calls it
+//! `lfs.oid`, so its listing has no hash to verify against, and it follows a `Link` to any host with the token.
+
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
+use hf_hub::{HFClient, HFError, split_id};
+use reqwest::header::{ACCEPT, LINK};
+use reqwest::redirect::{Attempt, Policy};
+use reqwest::{StatusCode, Url};
+use serde::Deserialize;
+
+use super::error::FetchError;
+use super::name;
+use super::plan::{Hash, RemoteFile, Transport};
+use super::settings::Settings;
+
+/// Hops of one request. Browsers take 20, the hub needs 2.
+const REDIRECTS: usize = 10;
+/// A connection that is not there after this is not coming; the next attempt may get another address.
+const CONNECT: Duration = Duration::from_secs(10);
+/// One page of a listing: 1000 entries of some hundred bytes each.
+const LARGEST_PAGE: usize = 32 << 20;
+/// Files in a repository before its listing is called a mistake.
+const MOST_FILES: usize = 1_000_000;
+
+/// What went wrong with one attempt.
+#[derive(Debug)]
+pub enum Fault {
+    /// Another attempt may do better.
+    Again {
+        cause: String,
+        after: Option<Duration>,
+        scope: Scope,
+    },
+    /// The server sends the file from its beginning whatever is asked.
+    RangeIgnored,
+    Fatal(FetchError),
+}
+
+/// Whom a fault concerns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// This connection or file.
+    Stream,
+    /// The hub as a whole (429, 5xx): everybody waits.
+    Hub,
+    /// No connection at all.
+    Network,
+}
+
+impl Fault {
+    pub fn again(cause: impl Into<String>) -> Self {
+        Self::Again { cause: cause.into(), after: None, scope: Scope::Stream }
+    }
+}
+
+/// Bytes of one file, from an offset to its end.
+pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes, Fault>> + Send>>;
+
+#[derive(Debug, Clone)]
+pub struct Hub {
+    client: HFClient,
+    http: reqwest::Client,
+    endpoint: Url,
+    settings: Settings,
+}
+
+impl Hub {
+    pub fn new(settings: &Settings) -> Result<Self, FetchError> {
+        let bad = |why| FetchError::BadRequest { what: "the hub's address", value: settings.endpoint.clone(), why };
+        let endpoint: Url = settings.endpoint.parse().map_err(|_| bad("is no URL: correct weights.endpoint"))?;
+        let local = is_loopback(&endpoint);
+        let mut http = reqwest::Client::builder()
+            .user_agent(concat!("sglangd/", env!("CARGO_PKG_VERSION"), "; hf-hub/1.0"))
+            .connect_timeout(CONNECT)
+            // Many streams over one HTTP/2 connection share one window: slower than a connection each.
+            .http1_only()
+            .redirect(Policy::custom(move |attempt| follow(attempt, local)));
+        if local {
+            // The demo's hub is on this machine, whatever proxy the environment names.
+            http = http.no_proxy();
+        }
+        let http = http.build().map_err(|error| unreachable(settings, &error))?;
+        let mut builder = HFClient::builder()
+            .endpoint(&settings.endpoint)
+            .client(http.clone())
+            .cache_dir(&settings.cache)
+            // Its retries know neither our patience nor each other.
+            .retry_max_attempts(0);
+        if let Some(token) = &settings.token {
+            builder = builder.token(token.expose());
+        }
+        let client = builder.build().map_err(|_| bad("is not taken by the hub's client"))?;
+        Ok(Self { client, http, endpoint, settings: settings.clone() })
+    }
+
+    /// The client, for what is left wholly to it (xet).
+    pub fn client(&self) -> &HFClient {
+        &self.client
+    }
+
+    /// The commit that `revision` is now.
+    pub async fn resolve(&self, repo: &str, revision: &str) -> Result<String, Fault> {
+        let (owner, short) = split_id(repo);
+        let model = self.client.model(owner, short);
+        let asked = model.info().revision(revision).expand(vec!["sha".to_owned()]).send();
+        let info = self.in_time(asked).await?.map_err(|error| self.fault(repo, revision, error))?;
+        match info.sha {
+            // It becomes a folder's name.
+            Some(sha) if name::is_commit(&sha) => Ok(sha),
+            other => Err(Fault::Fatal(FetchError::BadAnswer {
+                repo: repo.to_owned(),
+                cause: format!("{other:?} is no commit for {revision}"),
+            })),
+        }
+    }
+
+    /// All files of a commit, page by page.
+    pub async fn list(&self, repo: &str, commit: &str) -> Result<Vec<RemoteFile>, Fault> {
+        let bad = |cause: String| Fault::Fatal(FetchError::BadAnswer { repo: repo.to_owned(), cause });
+        let first = format!("{}/api/models/{repo}/tree/{commit}?recursive=true", self.settings.endpoint);
+        let mut next: Option<Url> = Some(first.parse().map_err(|_| bad(format!("{first} is no URL")))?);
+        let mut files = Vec::new();
+        while let Some(url) = next.take() {
+            if url.origin() != self.endpoint.origin() {
+                return Err(bad(format!("the listing goes on at another host, {url}, which must not see the token")));
+            }
+            let (page, link) = self.in_time(self.page(repo, commit, url.clone())).await??;
+            next = link.and_then(|link| url.join(&link).ok());
+            let entries: Vec<TreeEntry> =
+                serde_json::from_slice(&page).map_err(|error| bad(format!("{error} in the answer of {url}")))?;
+            for entry in entries {
+                if entry.kind == "file" {
+                    files.push(entry.into_file().map_err(&bad)?);
+                }
+            }
+            if files.len() > MOST_FILES {
+                return Err(bad(format!("more than {MOST_FILES} files")));
+            }
+        }
+        Ok(files)
+    }
+
+    async fn page(&self, repo: &str, commit: &str, url: Url) -> Result<(Vec<u8>, Option<String>), Fault> {
+        let mut request = self.http.get(url.clone()).header(ACCEPT, "application/json");
+        if let Some(token) = &self.settings.token {
+            request = request.bearer_auth(token.expose());
+        }
+        let answer = request.send().await.map_err(|error| self.transport(error))?;
+        let status = answer.status();
+        if !status.is_success() {
+            let header = |name: &str| answer.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+            let (code, message, after) = (header("x-error-code"), header("x-error-message"), header("retry-after"));
+            let after = after.and_then(|text| text.trim().parse().ok()).map(Duration::from_secs);
+            let refusal = Refusal {
+                status,
+                url: answer.url().as_str(),
+                code: code.as_deref(),
+                message: message.as_deref(),
+                after,
+            };
+            return Err(self.refused(repo, commit, &refusal));
+        }
+        let link = answer.headers().get(LINK).and_then(|v| v.to_str().ok()).and_then(next_link);
+        let mut body = Vec::new();
+        let mut stream = answer.bytes_stream();
+        while let Some(chunk) = stream.next().await {
+            body.extend_from_slice(&chunk.map_err(|error| self.transport(error))?);
+            if body.len() > LARGEST_PAGE {
+                let cause = format!("a page of more than {LARGEST_PAGE} bytes");
+                return Err(Fault::Fatal(FetchError::BadAnswer { repo: repo.to_owned(), cause }));
+            }
+        }
+        Ok((body, link))
+    }
+
+    /// The bytes of `file` from `from` on: exactly those, or a fault.
+    pub async fn open(&self, repo: &str, commit: &str, file: &RemoteFile, from: u64) -> Result<ByteStream, Fault> {
+        let (owner, short) = split_id(repo);
+        let model = self.client.model(owner, short);
+        // Without a range for the whole: a server that ignores ranges then serves it all the same.
+        let range = (from > 0).then_some(from..file.size);
+        let asked = model.download_file_stream().filename(&*file.name).revision(commit).maybe_range(range).send();
+        let (length, stream) = self.in_time(asked).await?.map_err(|error| self.fault(repo, commit, error))?;
+        match length {
+            Some(length) if length == file.size - from => {}
+            None if from == 0 => {}
+            // hf-hub does not tell 200 from 206. Never append what may be the beginning.
+            Some(length) if from > 0 && length == file.size => return Err(Fault::RangeIgnored),
+            None => return Err(Fault::RangeIgnored),
+            Some(length) => {
+                return Err(Fault::again(format!("{length} bytes were announced where {} are left", file.size - from)));
+            }
+        }
+        let hub = self.clone();
+        let repo = repo.to_owned();
+        let commit = commit.to_owned();
+        Ok(Box::pin(stream.map(move |chunk| chunk.map_err(|error| hub.fault(&repo, &commit, error)))))
+    }
+
+    /// A head that does not come is a stall too.
+    async fn in_time<T>(&self, answer: impl Future<Output = T>) -> Result<T, Fault> {
+        let limit = self.settings.patience.stall;
+        tokio::time::timeout(limit, answer).await.map_err(|_| Fault::Again {
+            cause: format!("no answer within {} s", limit.as_secs_f32()),
+            after: None,
+            scope: Scope::Stream,
+        })
+    }
+
+    /// hf-hub's error, as what it means here.
+    pub fn fault(&self, repo: &str, revision: &str, error: HFError) -> Fault {
+        let (context, after) = match error {
+            HFError::Request { source, .. } => return self.transport(source),
+            HFError::RateLimited { retry_after, context } => (context, retry_after),
+            HFError::Http { context }
+            | HFError::AuthRequired { context }
+            | HFError::Forbidden { context }
+            | HFError::Conflict { context }
+            | HFError::RepoNotFound { context: Some(context), .. }
+            | HFError::RevisionNotFound { context: Some(context), .. }
+            | HFError::EntryNotFound { context: Some(context), .. } => (context, None),
+            other => return Fault::again(other.to_string()),
+        };
+        let refusal = Refusal {
+            status: context.status,
+            url: &context.url,
+            code: context.error_code.as_deref(),
+            message: context.server_message.as_deref(),
+            after,
+        };
+        self.refused(repo, revision, &refusal)
+    }
+
+    fn refused(&self, repo: &str, revision: &str, refusal: &Refusal<'_>) -> Fault {
+        let status = refusal.status;
+        let endpoint = || self.settings.endpoint.clone();
+        let repo = || repo.to_owned();
+        let from_hub = refusal.url.parse::<Url>().is_ok_and(|url| url.origin() == self.endpoint.origin());
+        let cause = format!("{status} from {}", without_query(refusal.url));
+        if status == StatusCode::TOO_MANY_REQUESTS || status == StatusCode::REQUEST_TIMEOUT || status.is_server_error()
+        {
+            return Fault::Again { cause, after: refusal.after, scope: Scope::Hub };
+        }
+        if !from_hub {
+            // A signed URL that ran out, or a CDN without the file: the next attempt asks the hub for a new one.
+            return Fault::again(cause);
+        }
+        let token_set = self.settings.token.is_some();
+        let no_repo = || FetchError::NoRepo { endpoint: endpoint(), repo: repo(), token_set };
+        Fault::Fatal(match (status.as_u16(), refusal.code) {
+            (401 | 404, Some("RepoNotFound")) => no_repo(),
+            (404, Some("RevisionNotFound")) => FetchError::NoRevision { repo: repo(), revision: revision.to_owned() },
+            // The hub answers 401 for what is hidden, and for a token it does not know.
+            (401, _) if token_set && refusal.message.is_some_and(|m| m.contains("Invalid credentials")) => {
+                FetchError::BadToken { endpoint: endpoint() }
+            }
+            (401 | 403, _) if !token_set => {
+                FetchError::NoToken { endpoint: endpoint(), repo: repo(), status: status.as_u16() }
+            }
+            (401 | 403, _) => FetchError::Gated { endpoint: endpoint(), repo: repo(), status: status.as_u16() },
+            (404, None) if revision == "main" => no_repo(),
+            (404, None) => FetchError::NoRevision { repo: repo(), revision: revision.to_owned() },
+            _ => return Fault::again(cause),
+        })
+    }
+
+    fn transport(&self, error: reqwest::Error) -> Fault {
+        let text = chain(&error);
+        if error.is_redirect() {
+            let url = error.url().map_or_else(|| self.settings.endpoint.clone(), |url| without_query(url.as_str()));
+            let why = std::error::Error::source(&error).map_or_else(|| text.clone(), ToString::to_string);
+            return Fault::Fatal(FetchError::Redirect { url, why });
+        }
+        if text.contains("NotValidYet") || text.contains("not valid yet") {
+            return Fault::Fatal(FetchError::Clock { cause: text });
+        }
+        let scope = if error.is_connect() { Scope::Network } else { Scope::Stream };
+        Fault::Again { cause: text, after: None, scope }
+    }
+}
+
+/// A refusal of the server, whoever made the request.
+struct Refusal<'a> {
+    status: StatusCode,
+    url: &'a str,
+    code: Option<&'a str>,
+    message: Option<&'a str>,
+    after: Option<Duration>,
+}
+
+fn unreachable(settings: &Settings, error: &reqwest::Error) -> FetchError {
+    FetchError::Unreachable { endpoint: settings.endpoint.clone(), cause: chain(error) }
+}
+
+/// Where a redirect may lead. reqwest itself drops the token when host or port change.
+fn follow(attempt: Attempt<'_>, hub_is_local: bool) -> reqwest::redirect::Action {
+    let from = attempt.previous().last().cloned();
+    match refuse_hop(from.as_ref(), attempt.url(), attempt.previous().len(), hub_is_local) {
+        Some(why) => attempt.error(why),
+        None => attempt.follow(),
+    }
+}
+
+fn refuse_hop(from: Option<&Url>, to: &Url, hops: usize, hub_is_local: bool) -> Option<String> {
+    if hops > REDIRECTS {
+        return Some(format!("more than {REDIRECTS} redirects"));
+    }
+    let to_shown = without_query(to.as_str());
+    match to.scheme() {
+        "https" => {}
+        "http" if from.is_some_and(|from| from.scheme() == "http") => {}
+        _ => return Some(format!("{to_shown} is not as safe as where it came from")),
+    }
+    // Metadata services of clouds answer on link-local addresses, and hand out the machine's credentials.
+    if address(to).is_some_and(|ip| is_link_local(ip) || ip.is_unspecified() || ip.is_multicast()) {
+        return Some(format!("{to_shown} is an address no hub has"));
+    }
+    (is_loopback(to) && !hub_is_local).then(|| format!("{to_shown} is this machine, and the hub is not"))
+}
+
+fn address(url: &Url) -> Option<IpAddr> {
+    let host = url.host_str()?;
+    let ip: IpAddr = host.trim_start_matches('[').trim_end_matches(']').parse().ok()?;
+    Some(ip.to_canonical())
+}
+
+fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    }
+}
+
+fn is_loopback(url: &Url) -> bool {
+    url.host_str() == Some("localhost") || address(url).is_some_and(|ip| ip.is_loopback())
+}
+
+/// Signed URLs carry their right of access in the query.
+fn without_query(url: &str) -> String {
+    url.split(['?', '#']).next().unwrap_or(url).to_owned()
+}
+
+/// An error with its causes: reqwest alone says "error sending request".
+fn chain(error: &reqwest::Error) -> String {
+    let mut causes = Vec::new();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        causes.push(cause.to_string());
+        source = cause.source();
+    }
+    match (causes.last(), error.url()) {
+        (Some(last), Some(url)) => format!("{last} ({})", without_query(url.as_str())),
+        (Some(last), None) => last.clone(),
+        (None, _) => without_query(&error.to_string()),
+    }
+}
+
+/// The `rel="next"` of a `Link` header.
+fn next_link(header: &str) -> Option<String> {
+    header.split(',').find_map(|part| {
+        let (url, rest) = part.trim().strip_prefix('<')?.split_once('>')?;
+        rest.split(';').any(|p| matches!(p.trim(), "rel=\"next\"" | "rel=next")).then(|| url.to_owned())
+    })
+}
+
+/// One entry of the tree API.
+#[derive(Deserialize)]
+struct TreeEntry {
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    oid: String,
+    #[serde(default)]
+    size: u64,
+    path: String,
+    lfs: Option<TreeLfs>,
+    #[serde(rename = "xetHash")]
+    xet_hash: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct TreeLfs {
+    #[serde(alias = "sha256")]
+    oid: String,
+    size: u64,
+}
+
+impl TreeEntry {
+    fn into_file(self) -> Result<RemoteFile, String> {
+        let (oid, size) = self.lfs.map_or((self.oid, self.size), |lfs| (lfs.oid, lfs.size));
+        // It becomes a file's name; anything but a hash could be a path.
+        let hash = Hash::from_hex(&oid).ok_or_else(|| format!("{oid:?}, the hash of {:?}, is no hash", self.path))?;
+        let transport = if self.xet_hash.is_some() { Transport::Xet } else { Transport::Http };
+        Ok(RemoteFile { name: self.path, size, hash, transport })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hop(from: &str, to: &str) -> Option<String> {
+        refuse_hop(Some(&from.parse().unwrap()), &to.parse().unwrap(), 1, false)
+    }
+
+    #[test]
+    fn h05_redirects_lead_only_where_a_hub_may_lead() {
+        assert_eq!(hop("https://hub.example/a", "https://cdn.example/b?sig=1"), None);
+        assert_eq!(hop("http://mirror.example/a", "http://cdn.example/b"), None);
+        assert!(hop("https://hub.example/a", "http://cdn.example/b").is_some(), "downgrade");
+        assert!(hop("https://hub.example/a", "file:///etc/passwd").is_some());
+        assert!(hop("http://hub.example/a", "http://169.254.169.254/latest/meta-data").is_some());
+        assert!(hop("http://hub.example/a", "http://[::ffff:169.254.169.254]/").is_some(), "mapped");
+        assert!(hop("http://hub.example/a", "http://[fe80::1]/").is_some());
+        assert!(hop("http://hub.example/a", "http://127.0.0.1:8001/metrics").is_some());
+        let url: Url = "https://hub.example/a".parse().unwrap();
+        assert!(refuse_hop(Some(&url), &url, REDIRECTS + 1, false).is_some());
+    }
+
+    #[test]
+    fn a_listing_whose_hashes_are_paths_is_refused() {
+        let entry: TreeEntry =
+            serde_json::from_str(r#"{"type":"file","oid":"../../../x","size":1,"path":"a.json"}"#).unwrap();
+        assert!(entry.into_file().is_err());
+    }
+
+    #[test]
+    fn the_next_page_is_found_among_links() {
+        assert_eq!(next_link(r#"<https://h/a?cursor=x>; rel="next""#).as_deref(), Some("https://h/a?cursor=x"));
+        assert_eq!(next_link(r#"<https://h/p>; rel="prev", </q>; rel="next""#).as_deref(), Some("/q"));
+        assert_eq!(next_link(r#"<https://h/p>; rel="prev""#), None);
+    }
+}

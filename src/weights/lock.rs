@@ -1,0 +1,110 @@
+//! One lock a blob, the same file and the same `flock` as huggingface_hub's and hf-hub's, so that two
+//! fetchers of any make never write one blob together. The kernel drops it when its holder dies: there
+//! is no stale lock.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::error::FetchError;
+
+/// Between two looks at a lock that somebody holds. `flock` has no wait that could be given up, and a
+/// thread stuck in it would outlive a stop.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Held until dropped.
+#[derive(Debug)]
+pub struct BlobLock {
+    _file: Option<File>,
+}
+
+/// Waits for the lock; `waiting` hears who holds it, each time that is somebody else.
+pub async fn acquire(path: PathBuf, mut waiting: impl FnMut(&str)) -> Result<BlobLock, FetchError> {
+    let disk = |source| FetchError::Disk { path: path.clone(), source };
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(disk)?;
+    }
+    // Group-writable like huggingface_hub's: users who share a cache share its locks.
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o664).open(&path).map_err(disk)?;
+    let mut told = None;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(BlobLock { _file: Some(file) }),
+            Err(TryLockError::WouldBlock) => {}
+            Err(TryLockError::Error(error)) if no_locks_here(&error) => {
+                tracing::warn!(path = %path.display(), "this file system has no locks: do not fetch twice at once");
+                return Ok(BlobLock { _file: None });
+            }
+            Err(TryLockError::Error(error)) => return Err(disk(error)),
+        }
+        let holder = holder(&path).unwrap_or_else(|| "a process this one cannot see".to_owned());
+        if told.as_deref() != Some(&*holder) {
+            waiting(&holder);
+            told = Some(holder);
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// NFS without a lock daemon, some FUSE file systems.
+fn no_locks_here(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::ENOSYS | libc::EOPNOTSUPP))
+}
+
+/// Who holds the lock, from the kernel's table: `python3 (pid 4711)`.
+fn holder(path: &Path) -> Option<String> {
+    let inode = std::fs::metadata(path).ok()?.ino().to_string();
+    let table = std::fs::read_to_string("/proc/locks").ok()?;
+    let pid = pid_of(&table, &inode)?;
+    // The command's first words; a secret has no place in them, and the rest is noise.
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words: Vec<String> = command
+        .split(|b| *b == 0)
+        .filter(|w| !w.is_empty())
+        .take(2)
+        .map(|w| String::from_utf8_lossy(w).into_owned())
+        .collect();
+    Some(if words.is_empty() { format!("pid {pid}") } else { format!("{} (pid {pid})", words.join(" ")) })
+}
+
+/// `1: FLOCK  ADVISORY  WRITE 4711 fd:01:1234 0 EOF`; a line with `->` waits and holds nothing.
+fn pid_of(table: &str, inode: &str) -> Option<u32> {
+    table.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        let (_, kind) = (words.next()?, words.next()?);
+        if kind != "FLOCK" {
+            return None;
+        }
+        let (_, _, pid, place) = (words.next()?, words.next()?, words.next()?, words.next()?);
+        (place.rsplit(':').next()? == inode).then(|| pid.parse().ok())?
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn h08_the_holder_is_read_from_the_kernels_table() {
+        let table = "1: FLOCK  ADVISORY  WRITE 11 fd:01:99 0 EOF\n\
+                     2: POSIX  ADVISORY  WRITE 12 fd:01:1234 0 EOF\n\
+                     3: -> FLOCK  ADVISORY  WRITE 13 fd:01:1234 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 14 fd:01:1234 0 EOF\n";
+        assert_eq!(pid_of(table, "1234"), Some(14));
+        assert_eq!(pid_of(table, "7"), None);
+    }
+
+    #[tokio::test]
+    async fn h08_the_second_waits_says_for_whom_and_goes_on_when_the_first_lets_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("locks/x.lock");
+        let first = acquire(path.clone(), |_| panic!("nobody holds it")).await.unwrap();
+        let (tell, mut told) = tokio::sync::mpsc::channel(4);
+        let second = tokio::spawn(acquire(path, move |holder| tell.try_send(holder.to_owned()).unwrap()));
+        let holder = told.recv().await.unwrap();
+        assert!(holder.contains(&std::process::id().to_string()), "{holder}");
+        drop(first);
+        second.await.unwrap().unwrap();
+    }
+}
