@@ -4,6 +4,7 @@
 
 mod harness;
 
+mod architecture;
 mod config_faults;
 mod engine_faults;
 mod http_faults;

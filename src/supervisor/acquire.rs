@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::cause::Cause;
 use super::fetcher::{self, Current};
-use crate::cli::exit::Exit;
+use crate::exit::Exit;
 use crate::config::folders::Folders;
 use crate::config::{Config, Loaded};
 use crate::engine::env::Env;

@@ -4,7 +4,7 @@ use std::io;
 
 use super::cause::Cause;
 use super::step::{Failure, Retry};
-use crate::cli::exit::Exit;
+use crate::exit::Exit;
 use crate::engine::death::{self, Evidence, ExitRow, How, Reached};
 use crate::engine::log::Signature;
 use crate::launch::reaper::Ended;

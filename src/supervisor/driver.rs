@@ -23,7 +23,7 @@ use super::prepare::Prepared;
 use super::report::{Facts, Systemd, headline};
 use super::running::{Notice, Running, Stuck};
 use super::step::{Action, Event, Machine, Millis, Policy, State};
-use crate::cli::exit::Exit;
+use crate::exit::Exit;
 use crate::config::Config;
 use crate::config::folders::Folders;
 use crate::config::{Loaded, OnGiveUp};

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use rand::Rng;
 
 use super::cause::Cause;
-use crate::cli::exit::Exit;
+use crate::exit::Exit;
 use crate::config::folders::Folders;
 use crate::config::{Config, ModelSource};
 use crate::engine::argv::{LaunchSpec, Placement, launch_spec};

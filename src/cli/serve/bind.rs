@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::cli::exit::Exit;
+use crate::exit::Exit;
 use crate::config::Config;
 use crate::config::folders::Folders;
 use crate::observe::admin;

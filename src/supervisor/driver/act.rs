@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rand::Rng;
 
 use super::{Driver, Report};
-use crate::cli::exit::Exit;
+use crate::exit::Exit;
 use crate::engine::death::Reached;
 use crate::health::probe;
 use crate::launch::record::Record;
