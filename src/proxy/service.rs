@@ -60,6 +60,7 @@ impl From<Refusal> for Stop {
 
 /// The service under hyper.
 pub async fn answer(peer: Rc<Peer>, request: Request<Incoming>) -> Result<Response<Answer>, Left> {
+    peer.wire.ask();
     let counters = &peer.worker.counters;
     counters.last_request.store(peer.worker.stamp(Instant::now()), Relaxed);
     let (parts, body) = request.into_parts();

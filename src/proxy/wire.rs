@@ -63,6 +63,8 @@ pub struct Wire {
     leaving: RefCell<Option<Leaving>>,
     /// The client has closed its side.
     ended: Cell<bool>,
+    /// A request has come.
+    asked: Cell<bool>,
 }
 
 impl fmt::Debug for Wire {
@@ -80,6 +82,7 @@ impl Wire {
             flush_waker: Cell::new(None),
             leaving: RefCell::new(None),
             ended: Cell::new(false),
+            asked: Cell::new(false),
         })
     }
 
@@ -118,6 +121,15 @@ impl Wire {
         ready!(future.as_mut().poll(cx));
         self.ended.set(true);
         Poll::Ready(())
+    }
+
+    pub fn ask(&self) {
+        self.asked.set(true);
+    }
+
+    /// Whether a request ever came.
+    pub fn was_asked(&self) -> bool {
+        self.asked.get()
     }
 
     /// Whether the client was seen to have closed its side.

@@ -186,7 +186,10 @@ async fn converse(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
             registered.get_or_insert_with(|| Registered::new(&worker, cx.waker()));
             if farewell == Farewell::Due && !worker.is_serving() {
                 farewell = Farewell::Said;
-                connection.as_mut().graceful_shutdown();
+                // A client's first request may be on its way: it gets its refusal in words.
+                if client.was_asked() {
+                    connection.as_mut().graceful_shutdown();
+                }
             }
             connection.as_mut().poll(cx)
         })
