@@ -47,10 +47,20 @@ pub fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
+/// Where a daemon listens and keeps its files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Places {
+    /// Where the test says.
+    Given,
+    /// Where it finds them itself; its arguments name what must be known.
+    Its,
+}
+
 /// What a daemon is to be started with. All it writes lies in one temporary folder.
 #[derive(Debug)]
 pub struct Setup {
     folder: TempDir,
+    places: Places,
     files: Vec<PathBuf>,
     arguments: Vec<String>,
     engine_flags: Vec<String>,
@@ -69,6 +79,7 @@ impl Setup {
         }
         Self {
             folder,
+            places: Places::Given,
             files: Vec::new(),
             arguments: Vec::new(),
             engine_flags: Vec::new(),
@@ -89,12 +100,22 @@ impl Setup {
         ))
     }
 
+    /// `serve --demo` with the folders of its own choice and ports of the kernel's.
+    pub fn demo() -> Self {
+        let setup = Self { places: Places::Its, ..Self::bare() };
+        setup.argument("--demo").set("listen.public", "127.0.0.1:0").set("listen.admin", "127.0.0.1:0")
+    }
+
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 
     pub fn public(&self) -> SocketAddr {
         self.public
+    }
+
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
     }
 
     /// One more configuration file; later ones win.
@@ -177,19 +198,27 @@ impl Setup {
         Daemon { child, ended: None, seen: BTreeMap::new(), shm_before, setup: self }
     }
 
-    fn spawn(&self) -> Child {
-        let mut command = self.command("serve");
+    /// `subcommand` with every argument of this set-up, for the commands that take what `serve` takes.
+    pub fn full_command(&self, subcommand: &str) -> Command {
+        let mut command = self.command(subcommand);
         for file in &self.files {
             command.arg("--config").arg(file);
         }
-        command.arg("--listen").arg(self.public.to_string());
-        command.arg("--admin").arg(self.admin.to_string());
-        command.arg("--runtime-dir").arg(self.runtime_dir());
-        command.arg("--state-dir").arg(self.folder().join("state"));
+        if self.places == Places::Given {
+            command.arg("--listen").arg(self.public.to_string());
+            command.arg("--admin").arg(self.admin.to_string());
+            command.arg("--runtime-dir").arg(self.runtime_dir());
+            command.arg("--state-dir").arg(self.folder().join("state"));
+        }
         command.args(&self.arguments);
         if !self.engine_flags.is_empty() {
             command.arg("--").args(&self.engine_flags);
         }
+        command
+    }
+
+    fn spawn(&self) -> Child {
+        let mut command = self.full_command("serve");
         let log = File::options().create(true).append(true).open(self.log()).unwrap();
         command.stdout(log.try_clone().unwrap()).stderr(log);
         command.spawn().unwrap()
@@ -236,6 +265,10 @@ impl Daemon {
 
     pub fn runtime_dir(&self) -> PathBuf {
         self.setup.runtime_dir()
+    }
+
+    pub fn setup(&self) -> &Setup {
+        &self.setup
     }
 
     /// The binary in this daemon's environment, for `status` and `probe`.

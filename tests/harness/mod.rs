@@ -7,3 +7,4 @@ pub mod engine;
 pub mod front;
 pub mod hub;
 pub mod processes;
+pub mod scene;
