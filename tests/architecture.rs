@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const MAY_KNOW: &[(&str, &[&str])] = &[
     ("sys", &[]),
     ("link", &[]),
-    ("admission", &[]),
+    ("admission", &["link"]),
     ("shutdown", &[]),
     ("health", &[]),
     ("config", &["link"]),
@@ -17,11 +17,8 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("weights", &["config"]),
     ("launch", &["sys", "engine"]),
     ("proxy", &["link", "admission"]),
-    ("simulate", &["engine", "config"]),
-    (
-        "supervisor",
-        &["config", "engine", "exit", "health", "launch", "link", "observe", "shutdown", "sys", "weights"],
-    ),
+    ("simulate", &["config", "engine", "observe", "weights"]),
+    ("supervisor", &["config", "engine", "exit", "health", "launch", "link", "observe", "shutdown", "sys", "weights"]),
     ("observe", &["config", "health", "link", "supervisor"]),
 ];
 

@@ -12,12 +12,12 @@ use serde::Serialize;
 
 use super::exit::Exit;
 use crate::config::folders::Folders;
+use crate::config::redact;
 use crate::config::units::show_duration;
 use crate::config::{Color, Config, Loaded, ModelSource, Origin, WhenMissing, load};
 use crate::engine::argv::{LaunchSpec, Placement, env_changes, launch_spec, shown};
 use crate::engine::env;
 use crate::engine::inspect::{Answer, How, TableSource, check, installed_table};
-use crate::engine::redact;
 use crate::engine::resolve::{Resolved, resolve};
 use crate::supervisor::acquire;
 use crate::weights::{self, PlannedRepo, Settings};

@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use rand::Rng;
 
 use super::cause::Cause;
-use crate::exit::Exit;
 use crate::config::folders::Folders;
 use crate::config::{Config, ModelSource};
 use crate::engine::argv::{LaunchSpec, Placement, launch_spec};
 use crate::engine::env::Env;
 use crate::engine::resolve::Resolved;
+use crate::exit::Exit;
 use crate::launch::leftovers::Leftovers;
 use crate::launch::port::HeldPort;
 use crate::launch::record::Record;
