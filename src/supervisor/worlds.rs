@@ -294,6 +294,7 @@ fn alphabet() -> Vec<Event> {
 /// What must hold whatever happens, checked along every history. The environment is honest: a tree
 /// is reported empty only after `Kill`, GPUs only after `Release`.
 #[derive(Clone, PartialEq, Eq, Hash)]
+#[allow(clippy::struct_excessive_bools)] // four independent facts; none is a policy
 struct Shadow {
     engine_may_live: bool,
     gpus_may_be_held: bool,
