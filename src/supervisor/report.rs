@@ -158,6 +158,8 @@ impl Facts<'_> {
         let hold = match (will_return, self.config.limits.hold.is_zero()) {
             (false, _) => Duration::ZERO,
             (true, false) => self.config.limits.hold,
+            // From the first moment of a death, before its cause is known.
+            (true, true) if state == EngineState::Failing => HOLD_OVER_RESTART,
             (true, true) if self.machine.restarts > 0 || self.cause.is_some() => HOLD_OVER_RESTART,
             (true, true) => Duration::ZERO,
         };
