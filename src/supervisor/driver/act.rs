@@ -7,14 +7,14 @@ use rand::Rng;
 use super::{Driver, Report};
 use crate::cli::exit::Exit;
 use crate::engine::death::Reached;
-use crate::health::probe;
+use crate::health::probe::{self, Pulse};
 use crate::launch::record::Record;
 use crate::supervisor::acquire::acquire;
 use crate::supervisor::autopsy::{self, Found};
 use crate::supervisor::cause::Cause;
 use crate::supervisor::loading::{Loading, Memory};
 use crate::supervisor::prepare::{Ingredients, prepare};
-use crate::supervisor::running::{End, Notice, launch};
+use crate::supervisor::running::{End, Notice, launch, stranger};
 use crate::supervisor::step::{Action, Check, Event, Machine, State};
 
 /// What clients read whose stream is cut by a stop.
@@ -133,8 +133,13 @@ impl Driver {
         let Some(engine) = &self.engine else { return };
         let (addr, limit, reports) = (engine.upstream.addr, self.config().health.probe_timeout, self.reports.clone());
         self.loading.named("answering its first health check".into());
+        let tree = engine.tree.clone();
         tokio::spawn(async move {
-            let pulse = probe::pulse(addr, limit).await;
+            // The log's ready line does not prove it: the engine's warm-up asks the same address.
+            let pulse = match stranger(&tree, addr).await {
+                Some(who) => Pulse::Silent(who),
+                None => probe::pulse(addr, limit).await,
+            };
             let _ = reports.send(Report::Pulse(pulse)).await;
         });
     }
