@@ -77,7 +77,7 @@ impl Driver {
             snapshots: acquired.snapshots.clone(),
         };
         let reports = self.reports.clone();
-        tokio::spawn(async move {
+        self.preparing = Some(tokio::spawn(async move {
             let prepared = tokio::task::spawn_blocking(move || prepare(&from)).await;
             let prepared = prepared.unwrap_or_else(|error| {
                 Err(Cause::passing(
@@ -88,7 +88,7 @@ impl Driver {
                 ))
             });
             let _ = reports.send(Report::Prepared(prepared.map(Box::new))).await;
-        });
+        }));
     }
 
     async fn launch(&mut self) {
@@ -188,7 +188,12 @@ impl Driver {
             prepared.leftovers.sweep();
         }
         let (current, stuck, reports) = (self.current.clone(), Arc::clone(&self.stuck), self.reports.clone());
+        let preparing = self.preparing.take();
         tokio::spawn(async move {
+            // What it is just making would be left behind; its report, before ours, has it removed.
+            if let Some(preparing) = preparing {
+                let _ = preparing.await;
+            }
             end.run(current, stuck).await;
             let _ = reports.send(Report::TreeEmpty).await;
         });
