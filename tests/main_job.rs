@@ -164,9 +164,8 @@ async fn from_the_first_moment_the_public_port_tells_how_far_it_is() {
 
 #[tokio::test]
 async fn status_metrics_and_probe_find_a_running_one() {
-    let setup = quick("")
-        .env("SGLANG_SIM_TOKENS_PER_SECOND", "5000")
-        .config("engine:\n  flags: {enable-metrics: true}\n");
+    let setup =
+        quick("").env("SGLANG_SIM_TOKENS_PER_SECOND", "5000").config("engine:\n  flags: {enable-metrics: true}\n");
     let plan = output(setup.full_command("plan").arg("--json"));
     assert!(plan.status.success(), "{}", out(&plan));
     let mut daemon = setup.start();
@@ -291,7 +290,8 @@ async fn sighup_takes_the_limits_and_names_what_must_wait() {
         .await;
     let engine = status["engine"]["pid"].clone();
 
-    let status = reload(&mut daemon, "limits:\n  max: 6\nengine:\n  tp: 4\n", "live only after a restart: engine").await;
+    let status =
+        reload(&mut daemon, "limits:\n  max: 6\nengine:\n  tp: 4\n", "live only after a restart: engine").await;
     assert_eq!(status["requests"]["max"], 6);
     assert!(status["warnings"].to_string().contains("engine"), "{status}");
 
