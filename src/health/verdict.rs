@@ -31,7 +31,8 @@ pub enum Verdict {
     Hung(Duration),
 }
 
-/// A silence shorter than this is nothing: `/health` alone takes 20 s to say so.
+/// A silence shorter than this is nothing: `/health` alone takes 20 s to say so. Where a hang is called
+/// one sooner than that, it is suspected halfway: new traffic must go elsewhere before the end.
 pub const SUSPECT_AFTER: Duration = Duration::from_secs(30);
 
 /// `probe_failed`: the latest `/health` failed or timed out.
@@ -48,7 +49,7 @@ pub fn judge(evidence: &Evidence, probe: LastProbe, hang_after: Duration) -> Ver
     };
     if silence >= hang_after {
         Verdict::Hung(silence)
-    } else if silence >= SUSPECT_AFTER {
+    } else if silence >= SUSPECT_AFTER.min(hang_after / 2) {
         Verdict::Suspected(silence)
     } else if probe == LastProbe::Failed {
         Verdict::Busy
@@ -89,6 +90,14 @@ mod tests {
         assert_eq!(judge(&silent(30), LastProbe::Failed, LIMIT), Verdict::Suspected(S(30)));
         assert_eq!(judge(&silent(119), LastProbe::Failed, LIMIT), Verdict::Suspected(S(119)));
         assert_eq!(judge(&silent(120), LastProbe::Failed, LIMIT), Verdict::Hung(S(120)));
+    }
+
+    #[test]
+    fn g10_a_hang_is_suspected_before_it_is_called_one_however_small_the_limit() {
+        let silent = |s| Evidence { last_batch: Some(S(s)), waiting: Some(S(s)), ..Evidence::default() };
+        assert_eq!(judge(&silent(1), LastProbe::Passed, S(4)), Verdict::Alive);
+        assert_eq!(judge(&silent(2), LastProbe::Passed, S(4)), Verdict::Suspected(S(2)));
+        assert_eq!(judge(&silent(4), LastProbe::Passed, S(4)), Verdict::Hung(S(4)));
     }
 
     #[test]

@@ -35,9 +35,22 @@ impl Record {
         fs::rename(temporary, Self::path(runtime))
     }
 
-    /// The record of an earlier run; `None` where there is none or it cannot be read.
+    /// The record of an earlier run; `None` where there is none. One that cannot be read is as good as
+    /// none, but whoever starts next is told: an engine may still hold the GPUs.
     pub fn read(runtime: &Path) -> Option<Self> {
-        serde_json::from_slice(&fs::read(Self::path(runtime)).ok()?).ok()
+        let path = Self::path(runtime);
+        let read = match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(io::Error::from),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(error) => Err(error),
+        };
+        read.inspect_err(|error| {
+            tracing::warn!(
+                "{} cannot be read ({error}): what an earlier run may have left is not ended; look for it with ps",
+                path.display()
+            );
+        })
+        .ok()
     }
 
     pub fn remove(runtime: &Path) {

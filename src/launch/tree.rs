@@ -5,6 +5,7 @@
 //! leaves the session and its parent, but not its environment (sglang#23627, vllm#55510).
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -71,6 +72,19 @@ impl Tree {
             found.extend(more);
         }
         all.iter().filter(|p| found.contains(&p.pid) && !p.is_zombie()).cloned().collect()
+    }
+
+    /// Who listens on this address in the engine's place; `None` where it is the engine, or nobody, or
+    /// somebody that cannot be seen. The port is held for the engine, but anybody who sets
+    /// `SO_REUSEADDR` may listen on it first, and answer 200 to everything.
+    pub fn stranger_on(&self, addr: SocketAddr) -> Option<Stat> {
+        let listeners = proc::listeners(addr.port(), |ip| ip == addr.ip() || ip.is_unspecified());
+        if listeners.is_empty() {
+            return None;
+        }
+        let members: BTreeSet<i32> = self.members().iter().map(|member| member.pid).collect();
+        let engines = listeners.iter().any(|listener| members.contains(&listener.pid));
+        (!engines).then(|| listeners.into_iter().next()).flatten()
     }
 
     /// SIGKILL to every member, again and again until none is left or the time is over.

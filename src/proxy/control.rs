@@ -17,6 +17,8 @@ use crate::link::{Down, LinkError, Traffic, Up, split};
 const LOOK: Duration = Duration::from_millis(100);
 /// How often they are sent when nothing changed.
 const REPEAT: Duration = Duration::from_secs(1);
+/// A supervisor says what it knows at once. One that does not is stuck, and clients are told so.
+const FIRST_WORD: Duration = Duration::from_secs(1);
 
 /// Why the proxy cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -32,9 +34,8 @@ pub enum End {
 /// The data plane under a supervisor. Returns when the link ends, with everything closed.
 pub fn linked(listeners: Vec<TcpListener>, link: UnixStream) -> Result<(), End> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let mut proxy = Proxy::new(Timings::default(), Supervision::Linked);
-    proxy.listen(listeners)?;
-    match runtime.block_on(control(proxy, link)) {
+    let proxy = Proxy::new(Timings::default(), Supervision::Linked);
+    match runtime.block_on(control(proxy, listeners, link)) {
         // A supervisor that dies with messages unread resets the link: that is its end too.
         Err(End::Link(LinkError::Io(error))) => {
             tracing::debug!(%error, "the link ended");
@@ -44,7 +45,11 @@ pub fn linked(listeners: Vec<TcpListener>, link: UnixStream) -> Result<(), End> 
     }
 }
 
-async fn control(mut proxy: Proxy, link: UnixStream) -> Result<(), End> {
+async fn control(mut proxy: Proxy, listeners: Vec<TcpListener>, link: UnixStream) -> Result<(), End> {
+    // A proxy that takes the place of a dead one must not answer 503 for want of news: connections
+    // wait in the backlog until it has heard of the engine.
+    let mut unheard = Some(listeners);
+    let born = Instant::now();
     let (mut down, mut up) = split(link)?;
     let hello = Up::Hello { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned() };
     up.send(&hello).await?;
@@ -62,7 +67,12 @@ async fn control(mut proxy: Proxy, link: UnixStream) -> Result<(), End> {
                         Err(ProxyError::Keys(error)) => up.send(&Up::Refused { reason: error.to_string() }).await?,
                         Err(error) => return Err(error.into()),
                     },
-                    Down::Engine(view) => proxy.engine(view),
+                    Down::Engine(view) => {
+                        proxy.engine(view);
+                        if let Some(listeners) = unheard.take() {
+                            proxy.listen(listeners)?;
+                        }
+                    }
                     Down::Drain => {
                         proxy.drain();
                         // At once: the supervisor waits for a report that is newer than the drain.
@@ -76,6 +86,9 @@ async fn control(mut proxy: Proxy, link: UnixStream) -> Result<(), End> {
                 }
             }
             _ = look.tick() => {
+                if born.elapsed() >= FIRST_WORD && let Some(listeners) = unheard.take() {
+                    proxy.listen(listeners)?;
+                }
                 let traffic = proxy.traffic();
                 if sent.is_none_or(|sent| changed(&sent, &traffic)) || sent_at.elapsed() >= REPEAT {
                     up.send(&Up::Traffic(traffic)).await?;

@@ -157,6 +157,8 @@ impl Facts<'_> {
             && !matches!(state, EngineState::GaveUp | EngineState::Stopped | EngineState::Unkillable);
         let hold = match (will_return, self.config.limits.hold.is_zero()) {
             (true, false) => self.config.limits.hold,
+            // From the first moment of a death, before its cause is known.
+            (true, true) if state == EngineState::Failing => HOLD_OVER_RESTART,
             (true, true) if self.machine.restarts > 0 || self.cause.is_some() => HOLD_OVER_RESTART,
             (true | false, _) => Duration::ZERO,
         };

@@ -1,5 +1,6 @@
 //! One engine that was started: its process, what it says, who watches it, and how it is ended.
 
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -99,8 +100,13 @@ pub async fn launch(
         );
     }
     let streams = [child.stdout.take().map(OwnedFd::from), child.stderr.take().map(OwnedFd::from)];
+<<<<<<< HEAD
     let (heard, readers) = output::drain(streams.into_iter().flatten().collect(), secrets, &facts)?;
     let watch = tokio::spawn(watch_readiness(upstream.clone(), notices.clone())).abort_handle();
+=======
+    let (heard, readers) = output::drain(streams.into_iter().flatten().collect(), secrets, facts)?;
+    let watch = tokio::spawn(watch_readiness(upstream.clone(), tree.clone(), notices.clone())).abort_handle();
+>>>>>>> faults
     tokio::spawn(async move {
         let how = end.await.unwrap_or(Ended::Exited(-1));
         // The supervisor is gone: nobody to tell.
@@ -125,15 +131,41 @@ pub async fn launch(
     Ok((running, record))
 }
 
-async fn watch_readiness(upstream: Upstream, notices: mpsc::Sender<Notice>) {
+async fn watch_readiness(upstream: Upstream, tree: Tree, notices: mpsc::Sender<Notice>) {
     let mut pace = Pace::default();
+    let mut trusted = false;
+    let mut told = false;
     loop {
-        let seen = look(upstream.addr, upstream.api_key.as_deref()).await;
+        // Nobody gets the key before it is known who listens.
+        let key = upstream.api_key.as_deref().filter(|_| trusted);
+        let mut seen = look(upstream.addr, key).await;
+        if seen != Look::Closed && !trusted {
+            match stranger(&tree, upstream.addr).await {
+                None => {
+                    trusted = true;
+                    continue;
+                }
+                Some(who) => {
+                    seen = Look::Closed;
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::error!("{who}; it is not listened to, and the engine will not get its port");
+                    }
+                }
+            }
+        }
         if seen == Look::Ready && notices.send(Notice::LooksReady).await.is_err() {
             return;
         }
         tokio::time::sleep(pace.after(seen)).await;
     }
+}
+
+/// Who answers in the engine's place, as a sentence.
+pub async fn stranger(tree: &Tree, addr: SocketAddr) -> Option<String> {
+    let tree = tree.clone();
+    // A look at every process: not on a worker of the runtime.
+    let found = tokio::task::spawn_blocking(move || tree.stranger_on(addr)).await.ok()??;
+    Some(format!("{addr} is answered by pid {} ({}), no process of the engine", found.pid, found.comm))
 }
 
 impl Running {

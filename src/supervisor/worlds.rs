@@ -440,7 +440,7 @@ proptest::proptest! {
     fn stop_is_bounded_whatever_the_engine_does(history in proptest::collection::vec((0usize..22, 0u64..700_000), 0..40)) {
         let mut w = World::new(POLICY);
         for (index, pause) in history {
-            let event = alphabet()[index].clone();
+            let event = alphabet()[index];
             if matches!(event, Event::Stop) { continue }
             w.later(pause);
             w.on(event);

@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -96,6 +98,45 @@ pub fn mapped_shm(pid: i32) -> Vec<String> {
     names
 }
 
+/// The processes that listen on this TCP port of an address that `matters`, as far as `/proc` shows
+/// them to us.
+pub fn listeners(port: u16, matters: impl Fn(IpAddr) -> bool) -> Vec<Stat> {
+    let inodes: Vec<u64> = ["/proc/net/tcp", "/proc/net/tcp6"]
+        .iter()
+        .filter_map(|table| fs::read_to_string(table).ok())
+        .flat_map(|table| table.lines().filter_map(|line| listener(line)).collect::<Vec<_>>())
+        .filter(|(ip, at, _)| *at == port && matters(*ip))
+        .map(|(_, _, inode)| inode)
+        .collect();
+    if inodes.is_empty() {
+        return Vec::new();
+    }
+    let holds = |process: &Stat| {
+        fs::read_dir(format!("/proc/{}/fd", process.pid)).is_ok_and(|fds| {
+            fds.flatten().any(|fd| fs::metadata(fd.path()).is_ok_and(|meta| inodes.contains(&meta.ino())))
+        })
+    };
+    all().into_iter().filter(holds).collect()
+}
+
+/// Address, port and inode of a line of `/proc/net/tcp` or `tcp6`, if it is a listener.
+fn listener(line: &str) -> Option<(IpAddr, u16, u64)> {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let (ip, port) = fields.get(1)?.split_once(':')?;
+    // 0A is LISTEN.
+    if *fields.get(3)? != "0A" {
+        return None;
+    }
+    // Words of 32 bits in the machine's own order.
+    let words = ip.as_bytes().chunks(8).map(|word| u32::from_str_radix(std::str::from_utf8(word).ok()?, 16).ok());
+    let bytes: Vec<u8> = words.collect::<Option<Vec<u32>>>()?.into_iter().flat_map(u32::to_ne_bytes).collect();
+    let ip = match <[u8; 4]>::try_from(bytes.as_slice()) {
+        Ok(four) => Ipv4Addr::from(four).into(),
+        Err(_) => Ipv6Addr::from(<[u8; 16]>::try_from(bytes.as_slice()).ok()?).to_canonical(),
+    };
+    Some((ip, u16::from_str_radix(port, 16).ok()?, fields.get(9)?.parse().ok()?))
+}
+
 /// Names this boot of the kernel; empty where it cannot be read.
 pub fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
@@ -123,6 +164,18 @@ mod tests {
         let stat = parse_stat(line).expect("a stat line");
         assert_eq!((stat.pid, stat.comm.as_str(), stat.state), (42, "a) b (c", 'S'));
         assert_eq!((stat.ppid, stat.pgid, stat.sid, stat.start_time), (1, 40, 39, 987_654));
+    }
+
+    #[test]
+    fn a_listener_is_found_by_its_address_and_port() {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = socket.local_addr().expect("bound").port();
+        let own = i32::try_from(std::process::id()).expect("a pid");
+        let found = |ip: Ipv4Addr| listeners(port, |at| at == IpAddr::from(ip)).iter().any(|p| p.pid == own);
+        assert!(found(Ipv4Addr::LOCALHOST));
+        assert!(!found(Ipv4Addr::new(127, 0, 0, 2)), "another address is another listener");
+        drop(socket);
+        assert!(!found(Ipv4Addr::LOCALHOST));
     }
 
     #[test]

@@ -423,6 +423,22 @@ impl Daemon {
         }
     }
 
+    /// After a death without a farewell: no process, no listener, nothing in its temporary folder or in
+    /// shared memory. What its runtime folder keeps, the next start takes over.
+    pub async fn until_gone(&mut self, what: &str, within: Duration) {
+        assert!(self.poll_exit().is_some(), "it still runs");
+        let runtime = self.runtime_dir().display().to_string();
+        let begun = Instant::now();
+        loop {
+            let left: Vec<String> = self.left().lines().filter(|l| !l.contains(&runtime)).map(str::to_owned).collect();
+            if left.is_empty() {
+                return;
+            }
+            assert!(begun.elapsed() < within, "{what}: left behind: {left:#?}\n{}", self.tail());
+            tokio::time::sleep(look_again(begun.elapsed())).await;
+        }
+    }
+
     fn left(&self) -> String {
         let mut left = String::new();
         for process in self.processes() {

@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::net::{SocketAddr, TcpListener};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -119,29 +119,12 @@ fn listen(key: &'static str, addr: SocketAddr, flag: &'static str) -> Result<Tcp
     })
 }
 
-/// Who listens on this port, as far as `/proc` shows it to us.
+/// Who listens on this port of whatever address, as far as it can be seen.
 fn holder(port: u16) -> String {
-    let inodes: Vec<u64> = ["/proc/net/tcp", "/proc/net/tcp6"]
-        .iter()
-        .filter_map(|table| fs::read_to_string(table).ok())
-        .flat_map(|table| table.lines().skip(1).filter_map(|line| listener_inode(line, port)).collect::<Vec<_>>())
-        .collect();
-    let holds = |pid: i32| {
-        fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|fds| {
-            fds.flatten().any(|fd| fs::metadata(fd.path()).is_ok_and(|meta| inodes.contains(&meta.ino())))
-        })
-    };
-    match proc::all().iter().find(|process| holds(process.pid)) {
+    match proc::listeners(port, |_| true).first() {
         Some(process) => format!(" (held by pid {}: {})", process.pid, proc::command_line(process.pid)),
         None => " (who holds it cannot be seen from here)".into(),
     }
-}
-
-fn listener_inode(line: &str, port: u16) -> Option<u64> {
-    let fields: Vec<&str> = line.split_whitespace().collect();
-    let (_, hex) = fields.get(1)?.rsplit_once(':')?;
-    // 0A is LISTEN.
-    (u16::from_str_radix(hex, 16).ok()? == port && *fields.get(3)? == "0A").then(|| fields.get(9)?.parse().ok())?
 }
 
 #[cfg(test)]

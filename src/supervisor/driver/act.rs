@@ -6,15 +6,19 @@ use rand::Rng;
 
 use super::{Driver, Report};
 use crate::engine::death::Reached;
+<<<<<<< HEAD
 use crate::exit::Exit;
 use crate::health::probe;
+=======
+use crate::health::probe::{self, Pulse};
+>>>>>>> faults
 use crate::launch::record::Record;
 use crate::supervisor::acquire::acquire;
 use crate::supervisor::autopsy::{self, Found};
 use crate::supervisor::cause::Cause;
 use crate::supervisor::loading::{Loading, Memory};
 use crate::supervisor::prepare::{Ingredients, prepare};
-use crate::supervisor::running::{End, Notice, launch};
+use crate::supervisor::running::{End, Notice, launch, stranger};
 use crate::supervisor::step::{Action, Check, Event, Machine, State};
 
 /// What clients read whose stream is cut by a stop.
@@ -77,7 +81,7 @@ impl Driver {
             snapshots: acquired.snapshots.clone(),
         };
         let reports = self.reports.clone();
-        tokio::spawn(async move {
+        self.preparing = Some(tokio::spawn(async move {
             let prepared = tokio::task::spawn_blocking(move || prepare(&from)).await;
             let prepared = prepared.unwrap_or_else(|error| {
                 Err(Cause::passing(
@@ -88,7 +92,7 @@ impl Driver {
                 ))
             });
             let _ = reports.send(Report::Prepared(prepared.map(Box::new))).await;
-        });
+        }));
     }
 
     async fn launch(&mut self) {
@@ -133,8 +137,13 @@ impl Driver {
         let Some(engine) = &self.engine else { return };
         let (addr, limit, reports) = (engine.upstream.addr, self.config().health.probe_timeout, self.reports.clone());
         self.loading.named("answering its first health check".into());
+        let tree = engine.tree.clone();
         tokio::spawn(async move {
-            let pulse = probe::pulse(addr, limit).await;
+            // The log's ready line does not prove it: the engine's warm-up asks the same address.
+            let pulse = match stranger(&tree, addr).await {
+                Some(who) => Pulse::Silent(who),
+                None => probe::pulse(addr, limit).await,
+            };
             let _ = reports.send(Report::Pulse(pulse)).await;
         });
     }
@@ -183,7 +192,12 @@ impl Driver {
             prepared.leftovers.sweep();
         }
         let (current, stuck, reports) = (self.current.clone(), Arc::clone(&self.stuck), self.reports.clone());
+        let preparing = self.preparing.take();
         tokio::spawn(async move {
+            // What it is just making would be left behind; its report, before ours, has it removed.
+            if let Some(preparing) = preparing {
+                let _ = preparing.await;
+            }
             end.run(current, stuck).await;
             let _ = reports.send(Report::TreeEmpty).await;
         });

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{Driver, Event, LastProbe, Report, State};
-use crate::engine::log::Fact;
+use crate::engine::log::{Fact, Signature};
 use crate::health::probe::{self, Pulse};
 use crate::health::verdict::{Evidence, Verdict, judge};
 use crate::launch::output::Said;
@@ -133,6 +133,12 @@ impl Driver {
     pub(super) async fn heard(&mut self, said: Said) {
         if let Fact::Ready = said.fact {
             self.on(Event::LooksReady).await;
+            return;
+        }
+        if matches!(said.fact, Fact::Fatal(Signature::Port)) && matches!(self.machine.state, State::Loading { .. }) {
+            // Found after the whole load, and not exited over: it would stay for as long as it may.
+            self.pulse.judged = Some("The engine found its private port taken by another program.".into());
+            self.on(Event::Hung).await;
             return;
         }
         if self.loading.heard(&said) == News::Further {
