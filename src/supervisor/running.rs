@@ -100,13 +100,8 @@ pub async fn launch(
         );
     }
     let streams = [child.stdout.take().map(OwnedFd::from), child.stderr.take().map(OwnedFd::from)];
-<<<<<<< HEAD
     let (heard, readers) = output::drain(streams.into_iter().flatten().collect(), secrets, &facts)?;
-    let watch = tokio::spawn(watch_readiness(upstream.clone(), notices.clone())).abort_handle();
-=======
-    let (heard, readers) = output::drain(streams.into_iter().flatten().collect(), secrets, facts)?;
     let watch = tokio::spawn(watch_readiness(upstream.clone(), tree.clone(), notices.clone())).abort_handle();
->>>>>>> faults
     tokio::spawn(async move {
         let how = end.await.unwrap_or(Ended::Exited(-1));
         // The supervisor is gone: nobody to tell.

@@ -6,12 +6,8 @@ use rand::Rng;
 
 use super::{Driver, Report};
 use crate::engine::death::Reached;
-<<<<<<< HEAD
 use crate::exit::Exit;
-use crate::health::probe;
-=======
 use crate::health::probe::{self, Pulse};
->>>>>>> faults
 use crate::launch::record::Record;
 use crate::supervisor::acquire::acquire;
 use crate::supervisor::autopsy::{self, Found};
