@@ -134,11 +134,15 @@ fn conclude(ended: Ended, show: &mut Show, json: bool) -> Exit {
                 retry_after_seconds,
                 message: error.to_string(),
             });
-            eprintln!("sglangd fetch: {error}");
+            if !show.tells_a_supervisor() {
+                eprintln!("sglangd fetch: {error}");
+            }
             Exit::Weights
         }
         Ended::Signal(number) => {
-            eprintln!("sglangd fetch: stopped by a signal; what was fetched is kept, the next fetch goes on there");
+            if !show.tells_a_supervisor() {
+                eprintln!("sglangd fetch: stopped by a signal; what was fetched is kept, the next fetch goes on there");
+            }
             Exit::Signal(number)
         }
     }

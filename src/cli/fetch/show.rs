@@ -31,8 +31,6 @@ enum Face {
     Log {
         next: Option<Instant>,
     },
-    /// A supervisor shows it.
-    None,
 }
 
 #[derive(Debug)]
@@ -45,10 +43,10 @@ struct Bars {
 impl Show {
     pub fn new(progress_fd: Option<u32>) -> std::io::Result<Self> {
         let pipe = progress_fd.map(open).transpose()?;
-        let face = match (&pipe, std::io::stderr().is_terminal()) {
-            (Some(_), _) => Face::None,
-            (None, true) => Face::Bars(Box::new(Bars::new())),
-            (None, false) => Face::Log { next: None },
+        let face = if std::io::stderr().is_terminal() {
+            Face::Bars(Box::new(Bars::new()))
+        } else {
+            Face::Log { next: None }
         };
         Ok(Self { face, pipe })
     }
@@ -57,7 +55,7 @@ impl Show {
     pub fn log_level(&self) -> &'static str {
         match self.face {
             Face::Bars(_) => "warn",
-            Face::Log { .. } | Face::None => "info",
+            Face::Log { .. } => "info",
         }
     }
 
@@ -65,11 +63,15 @@ impl Show {
         match &mut self.face {
             Face::Bars(bars) => bars.show(&progress),
             Face::Log { next } => log(&progress, next),
-            Face::None => {}
         }
         if let Some(pipe) = &mut self.pipe {
             tell(pipe, progress);
         }
+    }
+
+    /// Whether a supervisor says how it ended.
+    pub fn tells_a_supervisor(&self) -> bool {
+        self.pipe.is_some()
     }
 
     /// Takes the bars off the screen.

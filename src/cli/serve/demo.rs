@@ -39,6 +39,10 @@ pub fn begin(args: &mut ServeArgs) -> io::Result<Demo> {
     set("weights.cache", &quoted(&path("hub")));
     set("engine.command", &format!("[{}, simulate]", quoted(&exe)));
     set("listen.public", "127.0.0.1:8000");
+    println!(
+        "Demo: an embedded hub and a simulated engine stand in for the model; everything lies in {}.",
+        folder.path().display()
+    );
     Ok(Demo { _folder: folder })
 }
 
