@@ -8,6 +8,7 @@ pub mod admission;
 pub mod cli;
 pub mod config;
 pub mod engine;
+pub mod exit;
 pub mod health;
 pub mod launch;
 pub mod link;

@@ -1,6 +1,6 @@
 //! The heavy tests: the real engine, a real systemd, a real container. All are `#[ignore]`d so that
 //! `cargo nextest run` stays quick; `tests/run` prepares what they need and runs them one at a time.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, clippy::print_stdout)]
 
 mod harness;
 

@@ -4,9 +4,10 @@ use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Mutex;
 use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
 
 use sglangd::link::{Down, EngineState, EngineView, ProxySettings, Traffic, Up, pair, split};
-use sglangd::proxy::{Timings, linked};
+use sglangd::proxy::{Proxy, Supervision, Timings, linked};
 
 use crate::harness::client::{Client, End, get, head, post, post_with};
 use crate::harness::engine::{Engine, json};
@@ -289,6 +290,18 @@ fn an_engine_that_is_not_ready_is_a_truthful_503() {
         assert_eq!((&body["phase"], &body["eta_seconds"]), (&"loading weights 3/64".into(), &42.into()));
     }
     assert_eq!(Client::ask(front.addr, get("/live")).status, 200);
+}
+
+#[test]
+fn a_proxy_whose_supervisor_is_silent_is_not_live() {
+    let timings = Timings { supervisor_silence: Duration::from_millis(200), ..Timings::default() };
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    let mut proxy = Proxy::new(timings, Supervision::Linked);
+    proxy.listen(vec![listener]).unwrap();
+    eventually("silence is seen", || Client::ask(addr, get("/live")).status == 503);
+    proxy.hear();
+    assert_eq!(Client::ask(addr, get("/live")).status, 200);
 }
 
 #[test]

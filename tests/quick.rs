@@ -1,9 +1,10 @@
 //! The quick integration tests: no root, no Python, no network. One module a group of
 //! `docs/faults.md`; each fault is a test named by its id.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, clippy::print_stdout)]
 
 mod harness;
 
+mod architecture;
 mod config_faults;
 mod engine_faults;
 mod http_faults;

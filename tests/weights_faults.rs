@@ -284,7 +284,7 @@ async fn h06_bodies_shorter_or_longer_than_they_should_be_never_pass() {
 async fn h07_a_stream_that_stalls_is_opened_anew_where_it_stopped() {
     let site = Site::new().await;
     site.misbehave_about(SHARD, Which::First(2), What::Stall(200_000));
-    let snapshot = timeout(Duration::from_secs(10), site.fetch()).await.expect("stuck").unwrap();
+    let snapshot = timeout(Duration::from_secs(10), site.fetch_impatiently()).await.expect("stuck").unwrap();
     site.assert_right(&snapshot.path, &small_model());
     let ranges = site.hub.seen().iter().filter(|s| s.route == Some(Route::Cdn) && s.range.is_some()).count();
     assert!(ranges >= 2, "not continued: {ranges} ranges");
@@ -294,7 +294,7 @@ async fn h07_a_stream_that_stalls_is_opened_anew_where_it_stopped() {
 async fn h07_a_stall_without_end_is_given_up_with_the_files_name() {
     let site = Site::new().await;
     site.misbehave_about(SHARD, Which::All, What::Stall(0));
-    let error = timeout(Duration::from_secs(15), site.fetch()).await.expect("stuck").unwrap_err();
+    let error = timeout(Duration::from_secs(15), site.fetch_impatiently()).await.expect("stuck").unwrap_err();
     assert!(matches!(&error, FetchError::File { file, .. } if file == SHARD), "{error}");
     assert!(error.to_string().contains("stalled"), "{error}");
 }

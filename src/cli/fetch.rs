@@ -9,8 +9,13 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::exit::Exit;
-use crate::config::{Download, LogFormat};
+use crate::config::folders::Folders;
+use crate::config::{Color, Download, LogFormat, WhenMissing, load};
+use crate::engine::flags::FlagTable;
+use crate::engine::inspect;
+use crate::engine::resolve::resolve;
 use crate::observe::logging;
+use crate::supervisor::acquire;
 use crate::weights::{self, FetchError, Progress, RepoRequest, Request, Retry, Settings, Snapshot};
 
 use show::Show;
@@ -22,9 +27,9 @@ const WORKERS: usize = 2;
 pub struct FetchArgs {
     /// The repository, e.g. deepseek-ai/DeepSeek-V4-Pro [default: the configuration's].
     pub repo: Option<String>,
-    /// A branch, a tag or a commit.
-    #[arg(long, value_name = "R", default_value = "main")]
-    pub revision: String,
+    /// A branch, a tag or a commit [default: main].
+    #[arg(long, value_name = "R", requires = "repo")]
+    pub revision: Option<String>,
     /// The Hugging Face cache folder [default: HF_HUB_CACHE, HF_HOME/hub, ~/.cache/huggingface/hub].
     #[arg(long, value_name = "DIR")]
     pub cache: Option<PathBuf>,
@@ -55,6 +60,7 @@ enum Ended {
     Signal(i32),
 }
 
+#[allow(clippy::needless_pass_by_value)] // every subcommand is given its arguments whole
 pub fn run(args: FetchArgs) -> Exit {
     let mut show = match Show::new(args.progress_fd) {
         Ok(show) => show,
@@ -154,13 +160,35 @@ fn request(args: &FetchArgs) -> Result<Request, (String, Exit)> {
     if let Some(json) = &args.request {
         return serde_json::from_str(json).map_err(|error| (format!("--request is no request: {error}"), Exit::Usage));
     }
-    let Some(repo) = &args.repo else {
-        return Err(("name a repository: sglangd fetch OWNER/NAME".to_owned(), Exit::Usage));
-    };
+    let Some(repo) = &args.repo else { return configured(args) };
     Ok(Request {
-        repos: vec![RepoRequest::model(repo, &args.revision)],
+        repos: vec![RepoRequest::model(repo, args.revision.as_deref().unwrap_or("main"))],
         cache: args.cache.clone(),
         endpoint: args.endpoint.clone(),
         download: Download::Auto,
     })
+}
+
+/// What `serve` would fetch: the configuration's model and what its flags name besides.
+fn configured(args: &FetchArgs) -> Result<Request, (String, Exit)> {
+    let wrong = |message: String| (message, Exit::Config);
+    let sources = args.config.sources(WhenMissing::BuiltIn);
+    let loaded =
+        load(&sources).map_err(|error| wrong(format!("the configuration is wrong\n{}", error.render(Color::Plain))))?;
+    let folders = Folders::find(None, None, &sources);
+    // What the installed engine's parser said, if it was ever asked; which repositories a flag names
+    // does not depend on its version.
+    let kept = inspect::cached_table(&loaded.config.engine, folders.inspect_cache());
+    let resolved = resolve(&loaded.config, kept.as_ref().unwrap_or(FlagTable::bundled())).map_err(|errors| {
+        wrong(format!("the engine's flags are wrong\n{}", errors.explain(&loaded).render(Color::Plain)))
+    })?;
+    let mut request = acquire::request(&loaded.config, &resolved)
+        .ok_or_else(|| (format!("nothing to fetch: {} is a local folder", loaded.config.model.name), Exit::Usage))?;
+    if args.cache.is_some() {
+        request.cache.clone_from(&args.cache);
+    }
+    if args.endpoint.is_some() {
+        request.endpoint.clone_from(&args.endpoint);
+    }
+    Ok(request)
 }

@@ -15,6 +15,7 @@ pub struct GuardArgs {
     pub runtime_dir: PathBuf,
 }
 
+#[allow(clippy::needless_pass_by_value)] // every subcommand is given its arguments whole
 pub fn run(args: GuardArgs) -> Exit {
     // The terminal's Ctrl-C does not reach a session of its own; a stray SIGTERM to everything named
     // sglangd must not take the guard before the supervisor.

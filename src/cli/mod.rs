@@ -3,7 +3,7 @@
 // Printing is this folder's purpose.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
-pub mod exit;
+pub use crate::exit;
 pub mod fetch;
 pub mod guard;
 pub mod plan;

@@ -1,6 +1,7 @@
 //! `sglangd plan`: what `serve` would do, without doing it.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fmt::Write;
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -11,13 +12,15 @@ use serde::Serialize;
 
 use super::exit::Exit;
 use crate::config::folders::Folders;
+use crate::config::redact;
 use crate::config::units::show_duration;
 use crate::config::{Color, Config, Loaded, ModelSource, Origin, WhenMissing, load};
 use crate::engine::argv::{LaunchSpec, Placement, env_changes, launch_spec, shown};
 use crate::engine::env;
 use crate::engine::inspect::{Answer, How, TableSource, check, installed_table};
-use crate::engine::redact;
 use crate::engine::resolve::{Resolved, resolve};
+use crate::supervisor::acquire;
+use crate::weights::{self, PlannedRepo, Settings};
 
 /// How long the installed engine's parser may take: imports of torch from a cold disk.
 pub(super) const INSPECT_LIMIT: Duration = Duration::from_mins(2);
@@ -125,11 +128,36 @@ pub enum FetchView {
     Unknown { reason: String },
 }
 
-/// Where the weights' own plan comes in: asks the cache and the hub what is there and what is missing.
-fn fetch_view(config: &Config, _resolved: &Resolved) -> FetchView {
-    match &config.model.source {
-        ModelSource::Folder(_) => FetchView::Nothing,
-        ModelSource::Repo { .. } => FetchView::Unknown { reason: "see `sglangd fetch`".to_owned() },
+/// How long the cache and the hub may take to say what is there.
+const LIST_LIMIT: Duration = Duration::from_secs(20);
+
+/// Asks the cache and the hub what is there and what is missing. Writes nothing.
+fn fetch_view(config: &Config, resolved: &Resolved, own: &env::Env) -> FetchView {
+    let Some(request) = acquire::request(config, resolved) else { return FetchView::Nothing };
+    let unknown = |reason: String| FetchView::Unknown { reason };
+    let env = env::fetcher(config, own);
+    let settings = Settings::resolve(&request, |name| env.get(OsStr::new(name))?.to_str().map(str::to_owned));
+    let settings = match settings {
+        Ok(settings) => settings,
+        Err(error) => return unknown(error.to_string()),
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return unknown(error.to_string()),
+    };
+    let planned =
+        runtime.block_on(async { tokio::time::timeout(LIST_LIMIT, weights::prepare(&request, &settings)).await });
+    runtime.shutdown_background();
+    match planned {
+        Err(_) => unknown(format!("no answer from {} within {} s", settings.endpoint, LIST_LIMIT.as_secs())),
+        Ok(Err(error)) => unknown(error.to_string()),
+        Ok(Ok(planned)) => FetchView::Known {
+            files: planned.iter().map(|repo| repo.plan.files.len() as u64).sum(),
+            bytes: planned.iter().map(|repo| repo.plan.bytes_total()).sum(),
+            missing_files: planned.iter().map(|repo| repo.plan.missing().len() as u64).sum(),
+            missing_bytes: planned.iter().map(|repo| repo.plan.bytes_to_fetch()).sum(),
+            folder: planned.iter().find(|repo| repo.request.flag.is_none()).map(PlannedRepo::folder),
+        },
     }
 }
 
@@ -213,7 +241,7 @@ fn plan(
     own: &env::Env,
 ) -> (Plan, LaunchSpec) {
     let config = &loaded.config;
-    let fetch = fetch_view(config, resolved);
+    let fetch = fetch_view(config, resolved, own);
     let (repo, revision, path) = match &config.model.source {
         ModelSource::Repo { repo, revision } => (Some(repo.clone()), Some(revision.clone()), None),
         ModelSource::Folder(path) => (None, None, Some(path.clone())),

@@ -242,10 +242,7 @@ fn engine_is_possible(loaded: &Loaded, folders: &Folders, color: Color) -> Resul
     let is_python = inspect::interpreter(engine).map_err(plain)?.is_some();
     let kept = inspect::cached_table(engine, folders.inspect_cache());
     let known = kept.as_ref().unwrap_or(crate::engine::flags::FlagTable::bundled());
-    let errors = match resolve(&loaded.config, known) {
-        Ok(_) => return Ok(()),
-        Err(errors) => errors,
-    };
+    let Err(errors) = resolve(&loaded.config, known) else { return Ok(()) };
     if !is_python || kept.is_some() {
         return Err(errors.explain(loaded).render(color));
     }

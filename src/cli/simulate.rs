@@ -58,9 +58,12 @@ pub fn run(args: SimulateArgs) -> Exit {
 fn hub(args: &HubArgs) -> Exit {
     let content = args.folder.clone().map_or_else(Content::default, Content::Folder);
     let serve = async {
-        let hub =
-            Hub::serve(TcpListener::bind(args.listen)?, content, Options { rate: args.rate, ..Options::default() })
-                .await?;
+        let hub = Hub::serve(
+            TcpListener::bind(args.listen)?,
+            content,
+            Options { rate: args.rate, cdn: Some(TcpListener::bind((args.listen.ip(), 0))?), ..Options::default() },
+        )
+        .await?;
         println!("{}", hub.endpoint());
         let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
         tokio::select! {

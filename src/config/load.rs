@@ -14,7 +14,7 @@ use super::error::{ConfigError, Mistake};
 use super::layers::Layers;
 use super::source::{self, Place, Source, SourceKind};
 use super::{Config, FlagValue};
-use crate::engine::redact;
+use crate::config::redact;
 
 /// The shipped configuration: DeepSeek-V4-Pro on eight GPUs.
 pub const SHIPPED: &str = include_str!("../../config.yaml");

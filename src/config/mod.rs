@@ -12,6 +12,7 @@ pub mod folders;
 pub mod keys;
 mod layers;
 mod load;
+pub mod redact;
 mod source;
 pub mod units;
 mod values;

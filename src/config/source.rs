@@ -42,7 +42,7 @@ impl Source {
         let (name, text) = (name.into(), text.into());
         // Neither secrets nor escape codes reach a terminal in a snippet; offsets stay true.
         let visible = |c: char| if c.is_ascii_control() && !matches!(c, '\n' | '\r' | '\t') { '?' } else { c };
-        let shown = crate::engine::redact::same_length(&text).chars().map(visible).collect();
+        let shown = crate::config::redact::same_length(&text).chars().map(visible).collect();
         let shown = NamedSource::new(&name, shown);
         Arc::new(Self { kind, name, text, shown })
     }

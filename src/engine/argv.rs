@@ -8,10 +8,10 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use super::env::{self, Env};
-use super::redact::Redactor;
 use super::resolve::{Resolved, YamlValue};
 use super::yaml;
 use crate::config::Config;
+use crate::config::redact::Redactor;
 
 /// What only this start knows.
 #[derive(Clone)]

@@ -11,7 +11,6 @@ pub mod legacy;
 pub mod log;
 mod owned;
 pub mod progress;
-pub mod redact;
 pub mod resolve;
 mod words;
 pub mod yaml;

@@ -95,7 +95,7 @@ mod tests {
     fn looks_slow_down_until_something_changes() {
         let mut pace = Pace::default();
         let waits: Vec<u128> = (0..6).map(|_| pace.after(Look::Closed).as_millis()).collect();
-        assert_eq!(waits, [25, 37, 55, 83, 100, 100]);
+        assert_eq!(waits, [25, 37, 56, 84, 100, 100]);
         assert_eq!(pace.after(Look::NotReady), QUICK, "the port opened: ready may be near");
     }
 }

@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     const S: fn(u64) -> Duration = Duration::from_secs;
-    const LIMIT: Duration = Duration::from_secs(120);
+    const LIMIT: Duration = Duration::from_mins(2);
 
     #[test]
     fn an_idle_engine_is_alive_however_long_it_was_silent() {

@@ -95,7 +95,7 @@ impl Heard {
 pub fn drain(
     streams: Vec<OwnedFd>,
     secrets: Vec<String>,
-    facts: mpsc::Sender<Said>,
+    facts: &mpsc::Sender<Said>,
 ) -> std::io::Result<(Arc<Heard>, Vec<JoinHandle<()>>)> {
     let heard = Arc::new(Heard::new());
     let secrets = Arc::new(secrets);
@@ -234,7 +234,7 @@ mod tests {
     async fn facts_arrive_and_keys_do_not() {
         let (reader, writer) = std::io::pipe().expect("a pipe");
         let (tx, mut rx) = mpsc::channel(8);
-        let (heard, readers) = drain(vec![reader.into()], vec!["k3y".into()], tx).expect("drained");
+        let (heard, readers) = drain(vec![reader.into()], vec!["k3y".into()], &tx).expect("drained");
         let mut writer = writer;
         writer.write_all(b"[2026-11-23 14:49:03 TP0] key is k3y\n[2026-11-23 14:49:04] The server is fired up and ready to roll!\n").expect("written");
         drop(writer);
@@ -251,7 +251,7 @@ mod tests {
         let (reader, writer) = std::io::pipe().expect("a pipe");
         drop(writer);
         let (tx, _rx) = mpsc::channel(8);
-        let (_, readers) = drain(vec![reader.into()], Vec::new(), tx).expect("drained");
+        let (_, readers) = drain(vec![reader.into()], Vec::new(), &tx).expect("drained");
         for reader in readers {
             tokio::time::timeout(Duration::from_secs(5), reader).await.expect("no busy loop").expect("no panic");
         }

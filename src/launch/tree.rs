@@ -41,7 +41,7 @@ pub type Ours = BTreeSet<i32>;
 impl Tree {
     /// All live members (zombies are dead: only their parent has to collect them).
     pub fn members(&self) -> Vec<Stat> {
-        self.find(&proc::all(), |pid, mark| proc::has_env(pid, mark))
+        self.find(&proc::all(), proc::has_env)
     }
 
     fn find(&self, all: &[Stat], has_mark: impl Fn(i32, &[u8]) -> bool) -> Vec<Stat> {

@@ -1,7 +1,6 @@
 //! `GET /status` and `GET /metrics`, for operators: on a loopback listener and on a Unix socket in the
 //! runtime folder. Never on the data path.
 
-use std::fmt::Write;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,6 +11,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use prometheus::{Gauge, IntCounter, Opts, Registry, TextEncoder};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
@@ -109,64 +109,83 @@ const STATES: [EngineState; 16] = [
     EngineState::Stopped,
 ];
 
+/// The supervisor's own page, made for each scrape: a dozen values, so nothing is worth keeping.
 fn own(status: &Status) -> String {
-    let mut page = String::new();
-    let mut metric = |name: &str, kind: &str, help: &str, samples: &[(String, f64)]| {
-        // Writing to a String does not fail.
-        let _ = writeln!(page, "# HELP {name} {help}\n# TYPE {name} {kind}");
-        for (labels, value) in samples {
-            let _ = writeln!(page, "{name}{labels} {value}");
-        }
+    let registry = Registry::new();
+    let gauge = |name: &str, help: &str, labels: &[(&str, &str)], value: f64| {
+        let options = labels.iter().fold(Opts::new(name, help), |o, (key, value)| o.const_label(*key, *value));
+        let gauge = Gauge::with_opts(options).expect("names and labels below are valid");
+        gauge.set(value);
+        // The same name with other labels is a second sample of one family; prometheus allows that.
+        registry.register(Box::new(gauge)).expect("no name and labels appear twice below");
     };
-    let one = |value: f64| vec![(String::new(), value)];
-    metric(
-        "sglangd_info",
-        "gauge",
-        "Always 1; what runs.",
-        &[(
-            format!(
-                "{{version=\"{}\",model=\"{}\",engine_version=\"{}\"}}",
-                status.version,
-                escaped(&status.model.name),
-                escaped(status.engine.version.as_deref().unwrap_or(""))
-            ),
-            1.0,
-        )],
-    );
-    let states: Vec<(String, f64)> = STATES
-        .iter()
-        .map(|state| (format!("{{state=\"{}\"}}", state.name()), f64::from(u8::from(*state == status.state))))
-        .collect();
-    metric("sglangd_engine_state", "gauge", "1 for the state the engine is in.", &states);
-    metric(
-        "sglangd_engine_restarts_total",
-        "counter",
-        "Engines started again since sglangd's start.",
-        &one(f64::from(status.engine.restarts)),
-    );
-    metric(
-        "sglangd_proxy_restarts_total",
-        "counter",
-        "Proxy processes started again since sglangd's start.",
-        &one(status.proxy.restarts as f64),
-    );
-    metric("sglangd_uptime_seconds", "gauge", "Since sglangd's start.", &one(status.uptime_seconds as f64));
-    metric(
-        "sglangd_engine_hang_suspected",
-        "gauge",
-        "1 while a hang of the engine is suspected.",
-        &one(f64::from(u8::from(status.engine.suspected_seconds.is_some()))),
+    let engine_version = status.engine.version.as_deref().unwrap_or_default();
+    let what =
+        [("version", status.version.as_str()), ("model", &status.model.name), ("engine_version", engine_version)];
+    gauge("sglangd_info", "Always 1; what runs.", &what, 1.0);
+    for state in STATES {
+        let is = f64::from(u8::from(state == status.state));
+        gauge("sglangd_engine_state", "1 for the state the engine is in.", &[("state", state.name())], is);
+    }
+    gauge("sglangd_uptime_seconds", "Since sglangd's start.", &[], status.uptime_seconds as f64);
+    let suspected = f64::from(u8::from(status.engine.suspected_seconds.is_some()));
+    gauge("sglangd_engine_hang_suspected", "1 while a hang of the engine is suspected.", &[], suspected);
+    gauge(
+        "sglangd_warnings",
+        "Things that are not as they should be, though it works; see status.",
+        &[],
+        status.warnings.len() as f64,
     );
     if let Some(percent) = status.percent {
-        metric("sglangd_start_percent", "gauge", "Progress of a start or a download, 0-100.", &one(f64::from(percent)));
+        gauge("sglangd_start_percent", "Progress of a start or a download, 0-100.", &[], f64::from(percent));
+    }
+    if let Some(eta) = status.eta_seconds {
+        gauge("sglangd_start_eta_seconds", "Seconds until ready, where an earlier start tells.", &[], eta as f64);
     }
     if let Some(weights) = &status.weights {
-        metric("sglangd_weights_bytes", "gauge", "Bytes of the weights that are there.", &one(weights.done as f64));
-        metric("sglangd_weights_total_bytes", "gauge", "Bytes of the weights in all.", &one(weights.total as f64));
+        gauge("sglangd_weights_bytes", "Bytes of the weights that are there.", &[], weights.done as f64);
+        gauge("sglangd_weights_total_bytes", "Bytes of the weights in all.", &[], weights.total as f64);
     }
-    page
+    let counter = |name: &str, help: &str, value: u64| {
+        let counter = IntCounter::new(name, help).expect("names below are valid");
+        counter.inc_by(value);
+        registry.register(Box::new(counter)).expect("no name appears twice below");
+    };
+    counter(
+        "sglangd_engine_restarts_total",
+        "Engines started again since sglangd's start.",
+        u64::from(status.engine.restarts),
+    );
+    counter(
+        "sglangd_proxy_restarts_total",
+        "Proxy processes started again since sglangd's start.",
+        status.proxy.restarts,
+    );
+    // Encoding plain numbers does not fail; an empty page would be the honest answer if it did.
+    TextEncoder::new().encode_to_string(&registry.gather()).unwrap_or_default()
 }
 
-fn escaped(label: &str) -> String {
-    label.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_has_one_state_and_escapes_what_people_choose() {
+        let json = serde_json::json!({
+            "version": "0.1.0", "state": "loading", "phase": "", "percent": 12.5, "eta_seconds": null, "reason": "",
+            "advice": "", "model": {"name": "a \"b\"", "repo": null, "revision": null, "commit": null, "path": null},
+            "engine": {"pid": null, "version": null, "started_at": null, "restarts": 2, "last_exit": null,
+                       "command": [], "port": null, "ranks": [], "suspected_seconds": null},
+            "requests": {"in_flight": 0, "queued": 0, "max": 32, "target": 10, "served": 0},
+            "proxy": {"pid": 7, "restarts": 0}, "weights": null,
+            "listen": {"public": "", "admin": "", "admin_socket": null}, "warnings": [], "uptime_seconds": 3,
+            "config_files": []
+        });
+        let page = own(&serde_json::from_value(json).expect("the shape of status"));
+        assert_eq!(page.matches("} 1\n").count(), 2, "info and one state: {page}");
+        assert!(page.contains("sglangd_engine_state{state=\"loading\"} 1"), "{page}");
+        assert!(page.contains(r#"model="a \"b\"""#), "{page}");
+        assert!(page.contains("sglangd_engine_restarts_total 2"), "{page}");
+        assert!(page.contains("sglangd_start_percent 12.5"), "{page}");
+    }
 }

@@ -22,9 +22,9 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::error::last_event;
 use super::routes::Dialect;
-use super::tap::{Wire, poll_read_once, with_buffer};
 use super::upstream::decode::{Decoder, Framing};
 use super::upstream::head::Reuse;
+use super::wire::{Wire, poll_read_once, with_buffer};
 use super::worker::Worker;
 use crate::admission::Ticket;
 

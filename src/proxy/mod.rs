@@ -21,6 +21,7 @@ mod service;
 mod state;
 mod tap;
 mod upstream;
+mod wire;
 mod worker;
 
 use std::io;

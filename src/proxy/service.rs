@@ -25,16 +25,13 @@ use super::headers::{self, BodyFraming, Credentials, Said};
 use super::metrics::Label;
 use super::routes::{self, Decision, Own, Route};
 use super::state::{Mode, Snapshot, Supervision};
-use super::tap::Wire;
 use super::upstream::decode::Framing;
 use super::upstream::exchange::{Answered, BodyFault, Failure, Outgoing, Sent, exchange};
 use super::upstream::head::Reuse;
+use super::wire::Wire;
 use super::worker::Worker;
 use crate::admission::{Refused, Ticket};
 use crate::link::{EngineView, Gate, Upstream};
-
-/// A supervisor that said nothing for this long is stuck: it speaks each second.
-const SUPERVISOR_SILENCE: Duration = Duration::from_secs(10);
 
 /// Who asks, and over what.
 #[derive(Debug)]
@@ -63,6 +60,7 @@ impl From<Refusal> for Stop {
 
 /// The service under hyper.
 pub async fn answer(peer: Rc<Peer>, request: Request<Incoming>) -> Result<Response<Answer>, Left> {
+    peer.wire.ask();
     let counters = &peer.worker.counters;
     counters.last_request.store(peer.worker.stamp(Instant::now()), Relaxed);
     let (parts, body) = request.into_parts();
@@ -333,7 +331,7 @@ fn own_answer(peer: &Peer, own: Own, method: &Method) -> Result<Response<Answer>
     }
     let shared = &peer.worker.shared;
     if own == Own::Live {
-        if shared.supervision == Supervision::Linked && shared.silence() > SUPERVISOR_SILENCE {
+        if shared.supervision == Supervision::Linked && shared.silence() > shared.timings.supervisor_silence {
             return Err(Refusal::stuck_supervisor().into());
         }
         return Ok(ok(r#"{"live":true}"#.to_owned()));

@@ -44,11 +44,17 @@ pub struct Timings {
     /// An engine silent for this long in mid-answer has lost the answer. Longer than any prefill:
     /// native streams send their head before it.
     pub engine_silence: Duration,
+    /// A supervisor that said nothing for this long is stuck: it speaks each second.
+    pub supervisor_silence: Duration,
 }
 
 impl Default for Timings {
     fn default() -> Self {
-        Self { client: Patience::default(), engine_silence: Duration::from_mins(15) }
+        Self {
+            client: Patience::default(),
+            engine_silence: Duration::from_mins(15),
+            supervisor_silence: Duration::from_secs(10),
+        }
     }
 }
 

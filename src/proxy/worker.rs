@@ -27,8 +27,9 @@ use super::framing::MAX_HEAD;
 use super::metrics::Counters;
 use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
-use super::tap::{self, Tap, Wire};
+use super::tap::Tap;
 use super::upstream::Pool;
+use super::wire::{self, Wire};
 
 /// After a failed accept (no descriptors): long enough to let some connection end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -172,10 +173,10 @@ async fn converse(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
         return;
     }
     let stream = Rc::new(stream);
-    let wire = Wire::new(Rc::clone(&stream));
+    let client = Wire::new(Rc::clone(&stream));
     {
-        let tap = Tap::new(Rc::clone(&wire), worker.shared.timings.client);
-        let peer = Rc::new(Peer { worker: Rc::clone(&worker), wire: Rc::clone(&wire), address: peer.ip() });
+        let tap = Tap::new(Rc::clone(&client), worker.shared.timings.client);
+        let peer = Rc::new(Peer { worker: Rc::clone(&worker), wire: Rc::clone(&client), address: peer.ip() });
         let service = service_fn(move |request| service::answer(Rc::clone(&peer), request));
         let mut connection = pin!(worker.http.serve_connection(tap, service));
         let mut registered = None;
@@ -185,7 +186,10 @@ async fn converse(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
             registered.get_or_insert_with(|| Registered::new(&worker, cx.waker()));
             if farewell == Farewell::Due && !worker.is_serving() {
                 farewell = Farewell::Said;
-                connection.as_mut().graceful_shutdown();
+                // A client's first request may be on its way: it gets its refusal in words.
+                if client.was_asked() {
+                    connection.as_mut().graceful_shutdown();
+                }
             }
             connection.as_mut().poll(cx)
         })
@@ -194,7 +198,7 @@ async fn converse(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
             tracing::debug!(%error, "a connection ended early");
         }
     }
-    if !wire.has_ended() {
-        tap::close(stream).await;
+    if !client.has_ended() {
+        wire::close(stream).await;
     }
 }

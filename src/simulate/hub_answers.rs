@@ -60,13 +60,19 @@ pub(super) async fn answer(request: &Request<Incoming>, state: &Arc<State>) -> R
         _ => {}
     }
     match asked {
-        Asked::Info { repo, revision } => info(state, &repo, &revision).await,
+        Asked::Info { repo, revision } => info(state, &repo, &revision),
         Asked::Tree { revision } => {
             tree(state, &revision, request.uri().query().unwrap_or(""), request.uri().path()).await
         }
         Asked::Resolve { revision, file } => resolve(request, state, &revision, &file, fault).await,
         Asked::Cdn { commit, file } => match find(state, &commit, &file) {
-            Some((_, file)) => content(request, state, file, fault).await,
+            Some((commit, file)) => {
+                let mut answer = content(request, state, file, fault).await;
+                // huggingface_hub follows a redirect to another port of the same host where it means to read
+                // the first answer's headers; the real CDN has a name of its own.
+                put(&mut answer, "x-repo-commit", &commit);
+                answer
+            }
             None => text(404, "text/plain", "no such file"),
         },
         Asked::Nothing => text(404, "text/plain", "no such page"),
@@ -136,7 +142,7 @@ fn no_revision() -> Response<Body> {
     answer
 }
 
-async fn info(state: &State, repo: &str, revision: &str) -> Response<Body> {
+fn info(state: &State, repo: &str, revision: &str) -> Response<Body> {
     let Some((commit, files)) = commit(state, revision) else { return no_revision() };
     let mut siblings = Vec::new();
     for file in files.iter() {

@@ -250,7 +250,7 @@ mod tests {
     #[test]
     fn the_demo_models_json_is_json_and_its_index_names_its_shards() {
         let files = demo(3, 4096);
-        for file in files.iter().filter(|f| f.name.ends_with(".json")) {
+        for file in files.iter().filter(|f| f.storage == Storage::Git && f.name != "README.md") {
             let value: serde_json::Value = serde_json::from_slice(&whole(file, 1 << 20)).unwrap();
             if file.name == "model.safetensors.index.json" {
                 for shard in value["weight_map"].as_object().unwrap().values() {

@@ -7,13 +7,13 @@ use tokio::sync::mpsc;
 
 use super::cause::Cause;
 use super::fetcher::{self, Current};
-use crate::cli::exit::Exit;
 use crate::config::folders::Folders;
 use crate::config::{Config, Loaded};
 use crate::engine::env::Env;
 use crate::engine::flags::FlagTable;
 use crate::engine::inspect;
 use crate::engine::resolve::{Resolved, resolve};
+use crate::exit::Exit;
 use crate::launch::spawner::Spawner;
 use crate::weights::{Pickles, Progress, RepoRequest, Request, Snapshot, Wanted, request_from_config};
 

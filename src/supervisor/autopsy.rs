@@ -4,9 +4,9 @@ use std::io;
 
 use super::cause::Cause;
 use super::step::{Failure, Retry};
-use crate::cli::exit::Exit;
 use crate::engine::death::{self, Evidence, ExitRow, How, Reached};
 use crate::engine::log::Signature;
+use crate::exit::Exit;
 use crate::launch::reaper::Ended;
 
 /// The program could not be started at all.

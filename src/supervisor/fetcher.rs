@@ -14,7 +14,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
 
 use super::cause::Cause;
-use crate::cli::exit::Exit;
+use crate::exit::Exit;
 use crate::launch::reaper::Ended;
 use crate::launch::spawner::Spawner;
 use crate::sys::proc;

@@ -52,6 +52,9 @@ enum Command {
     Scrape(oneshot::Sender<String>),
 }
 
+/// Scrapes are numbered over all proxies: a late answer of a dead one finds no waiter.
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
 /// Speaks to whichever proxy runs at the moment.
 #[derive(Debug, Clone)]
 pub struct Half {
@@ -113,7 +116,7 @@ async fn keep(
         match run(&spawner, &listeners, orders.clone(), env.clone(), &mut inbox, &tell).await {
             Ok(Ended::NoLongerWanted) => return,
             Ok(Ended::Died(how)) => {
-                tracing::error!("the proxy process died ({how}); starting another on the same sockets")
+                tracing::error!("the proxy process died ({how}); starting another on the same sockets");
             }
             Err(error) => tracing::error!("the proxy process could not be started: {error}"),
         }
@@ -175,7 +178,6 @@ async fn run(
 
     let mut heartbeat = tokio::time::interval(HEARTBEAT);
     let mut scrapes: BTreeMap<u64, oneshot::Sender<String>> = BTreeMap::new();
-    static NEXT: AtomicU64 = AtomicU64::new(1);
     loop {
         let message = tokio::select! {
             how = &mut end => {

@@ -39,8 +39,12 @@ impl Memory {
             hash.update(line.as_bytes());
             hash.update([0]);
         }
-        let name: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-        Self(state.join("starts").join(format!("{name}.json")))
+        let (name, _) = hash
+            .finalize()
+            .split_first_chunk::<8>()
+            .map(|(first, rest)| (u64::from_be_bytes(*first), rest.len()))
+            .expect("a sha256 has 32 bytes");
+        Self(state.join("starts").join(format!("{name:016x}.json")))
     }
 
     fn recall(&self) -> Option<History> {

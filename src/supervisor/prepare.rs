@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use rand::Rng;
 
 use super::cause::Cause;
-use crate::cli::exit::Exit;
 use crate::config::folders::Folders;
 use crate::config::{Config, ModelSource};
 use crate::engine::argv::{LaunchSpec, Placement, launch_spec};
 use crate::engine::env::Env;
 use crate::engine::resolve::Resolved;
+use crate::exit::Exit;
 use crate::launch::leftovers::Leftovers;
 use crate::launch::port::HeldPort;
 use crate::launch::record::Record;
@@ -156,8 +156,9 @@ fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 fn random_hex(bytes: usize) -> String {
+    const DIGITS: [char; 16] = ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'a', 'b', 'c', 'd', 'e', 'f'];
     let mut rng = rand::rng();
-    (0..bytes).map(|_| format!("{:02x}", rng.random::<u8>())).collect()
+    (0..2 * bytes).map(|_| DIGITS[rng.random_range(0..16)]).collect()
 }
 
 fn no_folder(what: &str, error: &io::Error) -> Cause {

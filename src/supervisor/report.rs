@@ -21,7 +21,7 @@ use crate::weights::Snapshot;
 /// back for a client that is still there.
 const HOLD_OVER_RESTART: Duration = Duration::from_secs(30);
 /// systemd is asked for this much more time with every sign of progress.
-const MORE_TIME: Duration = Duration::from_secs(60);
+const MORE_TIME: Duration = Duration::from_mins(1);
 /// And asked at most this often.
 const ASK_EVERY: Duration = Duration::from_secs(10);
 
@@ -156,12 +156,11 @@ impl Facts<'_> {
         let will_return = !self.machine.stopping()
             && !matches!(state, EngineState::GaveUp | EngineState::Stopped | EngineState::Unkillable);
         let hold = match (will_return, self.config.limits.hold.is_zero()) {
-            (false, _) => Duration::ZERO,
             (true, false) => self.config.limits.hold,
             // From the first moment of a death, before its cause is known.
             (true, true) if state == EngineState::Failing => HOLD_OVER_RESTART,
             (true, true) if self.machine.restarts > 0 || self.cause.is_some() => HOLD_OVER_RESTART,
-            (true, true) => Duration::ZERO,
+            (true | false, _) => Duration::ZERO,
         };
         EngineView {
             state,

@@ -100,7 +100,7 @@ pub async fn launch(
         );
     }
     let streams = [child.stdout.take().map(OwnedFd::from), child.stderr.take().map(OwnedFd::from)];
-    let (heard, readers) = output::drain(streams.into_iter().flatten().collect(), secrets, facts)?;
+    let (heard, readers) = output::drain(streams.into_iter().flatten().collect(), secrets, &facts)?;
     let watch = tokio::spawn(watch_readiness(upstream.clone(), tree.clone(), notices.clone())).abort_handle();
     tokio::spawn(async move {
         let how = end.await.unwrap_or(Ended::Exited(-1));

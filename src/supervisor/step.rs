@@ -159,7 +159,7 @@ pub enum Then {
     Restart,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
     Fetched,
     FetchFailed(Failure),
@@ -292,8 +292,6 @@ impl Machine {
             (State::Launching, Event::Launched) => {
                 self.go(State::Loading { since: now, progress: now, check: Check::Waiting }, &[])
             }
-            // Something of it may have come to life before the launch failed.
-            (State::Launching, Event::LaunchFailed(f)) => self.reap(Then::Retry(*f), now),
 
             (State::Loading { since, check, .. }, Event::Progressed) => {
                 self.go(State::Loading { since, progress: now, check }, &[])
@@ -332,7 +330,10 @@ impl Machine {
                 self.go(State::Fetching, &[Action::Fetch])
             }
 
-            (State::Failing { .. }, Event::Examined(f)) => self.reap(Then::Retry(*f), now),
+            // Of a launch that failed something may have come to life before.
+            (State::Launching, Event::LaunchFailed(f)) | (State::Failing { .. }, Event::Examined(f)) => {
+                self.reap(Then::Retry(*f), now)
+            }
             (State::Failing { until }, Event::Tick) if now >= until => {
                 self.reap(Then::Retry(Failure { class: "unknown", retry: Retry::Backoff, exit: EXIT_CRASH_LOOP }), now)
             }

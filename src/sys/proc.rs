@@ -104,7 +104,7 @@ pub fn listeners(port: u16, matters: impl Fn(IpAddr) -> bool) -> Vec<Stat> {
     let inodes: Vec<u64> = ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
         .filter_map(|table| fs::read_to_string(table).ok())
-        .flat_map(|table| table.lines().filter_map(|line| listener(line)).collect::<Vec<_>>())
+        .flat_map(|table| table.lines().filter_map(listener).collect::<Vec<_>>())
         .filter(|(ip, at, _)| *at == port && matters(*ip))
         .map(|(_, _, inode)| inode)
         .collect();

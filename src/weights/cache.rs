@@ -228,7 +228,7 @@ impl RepoCache {
         let nearest = self.root.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
         let stat = nix::sys::statvfs::statvfs(nearest)
             .map_err(|errno| FetchError::Disk { path: nearest.to_owned(), source: errno.into() })?;
-        Ok(u64::from(stat.blocks_available()).saturating_mul(stat.fragment_size()))
+        Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
     }
 }
 

@@ -79,7 +79,7 @@ pub enum FetchError {
     Unreachable { endpoint: String, cause: String },
     #[error("the hub's certificate is not valid at this machine's time ({cause}). Set the clock, then try again")]
     Clock { cause: String },
-    #[error("{endpoint} asks for fewer requests{}. Wait, or set a token: anonymous limits are lower", wait(.after))]
+    #[error("{endpoint} asks for fewer requests{}. Wait, or set a token: anonymous limits are lower", wait(.after.as_ref()))]
     RateLimited { endpoint: String, after: Option<Duration> },
     #[error("{url} was redirected in a way that is not followed: {why}")]
     Redirect { url: String, why: String },
@@ -157,7 +157,7 @@ pub fn bytes(n: u64) -> String {
     if unit == 0 { format!("{n} bytes") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
-fn wait(after: &Option<Duration>) -> String {
+fn wait(after: Option<&Duration>) -> String {
     after.map(|d| format!(" and to wait {} s", d.as_secs())).unwrap_or_default()
 }
 

@@ -2,6 +2,7 @@
 //! once, then the ref and the marker. How one file comes is `transfer`'s.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +39,13 @@ pub struct PlannedRepo {
     hub: Option<Hub>,
     listing: Listing,
     access: Access,
+}
+
+impl PlannedRepo {
+    /// Where the snapshot lies or will lie.
+    pub fn folder(&self) -> PathBuf {
+        self.cache.snapshot(&self.plan.commit)
+    }
 }
 
 /// Finds out what is to be fetched and whether it can be, without writing anything.
@@ -252,7 +260,7 @@ async fn run(
     for repo in planned {
         let shared = repo.hub.as_ref().map(|hub| {
             Arc::new(Repo {
-                repo: repo.request.repo.clone(),
+                id: repo.request.repo.clone(),
                 commit: repo.plan.commit.clone(),
                 cache: repo.cache.clone(),
                 hub: hub.clone(),

@@ -153,7 +153,7 @@ impl Hub {
         if let Some(token) = &self.settings.token {
             request = request.bearer_auth(token.expose());
         }
-        let answer = request.send().await.map_err(|error| self.transport(error))?;
+        let answer = request.send().await.map_err(|error| self.transport(&error))?;
         let status = answer.status();
         if !status.is_success() {
             let header = |name: &str| answer.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
@@ -172,7 +172,7 @@ impl Hub {
         let mut body = Vec::new();
         let mut stream = answer.bytes_stream();
         while let Some(chunk) = stream.next().await {
-            body.extend_from_slice(&chunk.map_err(|error| self.transport(error))?);
+            body.extend_from_slice(&chunk.map_err(|error| self.transport(&error))?);
             if body.len() > LARGEST_PAGE {
                 let cause = format!("a page of more than {LARGEST_PAGE} bytes");
                 return Err(Fault::Fatal(FetchError::BadAnswer { repo: repo.to_owned(), cause }));
@@ -218,7 +218,7 @@ impl Hub {
     /// hf-hub's error, as what it means here.
     pub fn fault(&self, repo: &str, revision: &str, error: HFError) -> Fault {
         let (context, after) = match error {
-            HFError::Request { source, .. } => return self.transport(source),
+            HFError::Request { source, .. } => return self.transport(&source),
             HFError::RateLimited { retry_after, context } => (context, retry_after),
             HFError::Http { context }
             | HFError::AuthRequired { context }
@@ -257,7 +257,10 @@ impl Hub {
         let no_repo = || FetchError::NoRepo { endpoint: endpoint(), repo: repo(), token_set };
         Fault::Fatal(match (status.as_u16(), refusal.code) {
             (401 | 404, Some("RepoNotFound")) => no_repo(),
-            (404, Some("RevisionNotFound")) => FetchError::NoRevision { repo: repo(), revision: revision.to_owned() },
+            (404, None) if revision == "main" => no_repo(),
+            (404, Some("RevisionNotFound") | None) => {
+                FetchError::NoRevision { repo: repo(), revision: revision.to_owned() }
+            }
             // The hub answers 401 for what is hidden, and for a token it does not know.
             (401, _) if token_set && refusal.message.is_some_and(|m| m.contains("Invalid credentials")) => {
                 FetchError::BadToken { endpoint: endpoint() }
@@ -266,17 +269,15 @@ impl Hub {
                 FetchError::NoToken { endpoint: endpoint(), repo: repo(), status: status.as_u16() }
             }
             (401 | 403, _) => FetchError::Gated { endpoint: endpoint(), repo: repo(), status: status.as_u16() },
-            (404, None) if revision == "main" => no_repo(),
-            (404, None) => FetchError::NoRevision { repo: repo(), revision: revision.to_owned() },
             _ => return Fault::again(cause),
         })
     }
 
-    fn transport(&self, error: reqwest::Error) -> Fault {
-        let text = chain(&error);
+    fn transport(&self, error: &reqwest::Error) -> Fault {
+        let text = chain(error);
         if error.is_redirect() {
             let url = error.url().map_or_else(|| self.settings.endpoint.clone(), |url| without_query(url.as_str()));
-            let why = std::error::Error::source(&error).map_or_else(|| text.clone(), ToString::to_string);
+            let why = std::error::Error::source(error).map_or_else(|| text.clone(), ToString::to_string);
             return Fault::Fatal(FetchError::Redirect { url, why });
         }
         if text.contains("NotValidYet") || text.contains("not valid yet") {

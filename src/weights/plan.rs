@@ -166,10 +166,9 @@ pub fn plan(
             let action = match present(&file) {
                 Present::Verified => Action::Keep,
                 Present::Whole(size) if size == file.size => Action::Verify,
-                // A blob of another size is no beginning of the right one: nothing says where it went wrong.
-                Present::No | Present::Whole(_) => Action::Fetch { from: 0 },
                 Present::Part(have) if have <= file.size => Action::Fetch { from: have },
-                Present::Part(_) => Action::Fetch { from: 0 },
+                // A blob of another size is no beginning of the right one: nothing says where it went wrong.
+                Present::No | Present::Whole(_) | Present::Part(_) => Action::Fetch { from: 0 },
             };
             PlannedFile { file, action }
         })
@@ -222,8 +221,7 @@ fn choose(
         }
     }
     let needed = |file: &RemoteFile| match (kind(&file.name), request.files) {
-        (Kind::Other, _) => true,
-        (Kind::Safetensors, Wanted::All) => true,
+        (Kind::Other, _) | (Kind::Safetensors, Wanted::All) => true,
         (Kind::Pickle, Wanted::All) => pickles_serve,
         (Kind::Foreign, Wanted::All) | (_, Wanted::NoWeights) => false,
     };

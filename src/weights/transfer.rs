@@ -29,7 +29,7 @@ const CHUNKS: usize = 32;
 /// All that the files of one repository share.
 #[derive(Debug)]
 pub struct Repo {
-    pub repo: String,
+    pub id: String,
     pub commit: String,
     pub cache: RepoCache,
     pub hub: Hub,
@@ -108,7 +108,7 @@ impl Repo {
                 tracing::warn!(file = %file.name, %got, expected = file.hash.hex(), "arrived wrong: fetching it anew");
                 if attempts.wrong >= self.settings.patience.corrupt {
                     return Err(FetchError::Corrupt {
-                        repo: self.repo.clone(),
+                        repo: self.id.clone(),
                         file: file.name.clone(),
                         attempts: attempts.wrong,
                         expected: file.hash.hex().to_owned(),
@@ -126,7 +126,7 @@ impl Repo {
             self.board.hub_open().await;
             let before = partial.len();
             attempts.made += 1;
-            let fault = match self.hub.open(&self.repo, &self.commit, file, before).await {
+            let fault = match self.hub.open(&self.id, &self.commit, file, before).await {
                 Ok(stream) => {
                     let (back, pumped) = self.pump(partial, stream, slot).await;
                     partial = back.map_err(disk)?;
@@ -197,7 +197,7 @@ impl Repo {
 
     /// Whole files through hf-hub's xet client, which writes, renames and links; verified here all the same.
     async fn bring_xet(&self, file: &RemoteFile, slot: &Slot) -> Result<(), FetchError> {
-        let (owner, short) = split_id(&self.repo);
+        let (owner, short) = split_id(&self.id);
         let model = self.hub.client().model(owner, short);
         let mut attempts = Attempts { fruitless: 0, made: 0, wrong: 0, scope: Scope::Stream };
         loop {
@@ -219,7 +219,7 @@ impl Repo {
                     attempts.wrong += 1;
                     if attempts.wrong >= self.settings.patience.corrupt {
                         return Err(FetchError::Corrupt {
-                            repo: self.repo.clone(),
+                            repo: self.id.clone(),
                             file: file.name.clone(),
                             attempts: attempts.wrong,
                             expected: file.hash.hex().to_owned(),
@@ -236,7 +236,7 @@ impl Repo {
                 Some(Err(hf_hub::HFError::Io(source))) => {
                     return Err(FetchError::disk(&self.cache.blob(&file.hash), &file.name, source));
                 }
-                Some(Err(error)) => match self.hub.fault(&self.repo, &self.commit, error) {
+                Some(Err(error)) => match self.hub.fault(&self.id, &self.commit, error) {
                     Fault::Fatal(error) => return Err(error),
                     Fault::RangeIgnored => continue,
                     Fault::Again { cause, after, scope } => {
@@ -269,12 +269,9 @@ impl Repo {
         if attempts.fruitless >= patience.attempts || self.board.since_gain() >= patience.limit {
             return Err(match attempts.scope {
                 Scope::Network => FetchError::Unreachable { endpoint: endpoint(), cause },
-                _ => FetchError::File {
-                    repo: self.repo.clone(),
-                    file: file.name.clone(),
-                    attempts: attempts.made,
-                    cause,
-                },
+                _ => {
+                    FetchError::File { repo: self.id.clone(), file: file.name.clone(), attempts: attempts.made, cause }
+                }
             });
         }
         let pause = match after {
@@ -345,7 +342,7 @@ impl ProgressHandler for XetProgress {
                 }
             }
             DownloadEvent::AggregateProgress { bytes_completed, .. } => {
-                self.slot.set((*bytes_completed).min(self.size))
+                self.slot.set((*bytes_completed).min(self.size));
             }
             DownloadEvent::Start { .. } | DownloadEvent::Complete => {}
         }

@@ -29,6 +29,7 @@ pub struct Site {
     dir: tempfile::TempDir,
 }
 
+#[allow(clippy::unused_self)] // verbs read better with their subject: `site.assert_right(…)`
 impl Site {
     pub async fn new() -> Self {
         Self::with(small_model(), Options::default()).await
@@ -81,7 +82,7 @@ impl Site {
     pub fn settings(&self, request: &Request) -> Settings {
         let mut settings = Settings::resolve(request, |_| None).unwrap();
         settings.patience = Patience {
-            stall: Duration::from_millis(300),
+            stall: Duration::from_secs(5),
             attempts: 4,
             limit: Duration::from_secs(20),
             backoff: Duration::from_millis(10),
@@ -94,6 +95,14 @@ impl Site {
     pub async fn fetch(&self) -> Result<Snapshot, FetchError> {
         let request = self.request();
         let settings = self.settings(&request);
+        fetch_with(&request, &settings).await.map(|mut all| all.remove(0))
+    }
+
+    /// With a stall called one after a third of a second: only for tests of stalls, a busy machine stutters.
+    pub async fn fetch_impatiently(&self) -> Result<Snapshot, FetchError> {
+        let request = self.request();
+        let mut settings = self.settings(&request);
+        settings.patience.stall = Duration::from_millis(300);
         fetch_with(&request, &settings).await.map(|mut all| all.remove(0))
     }
 

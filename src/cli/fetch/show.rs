@@ -149,8 +149,9 @@ fn log(progress: &Progress, next: &mut Option<Instant>) {
             }
         }
         Progress::Waiting { file, holder } => {
-            tracing::info!(file, holder, "waiting: another process fetches this file")
+            tracing::info!(file, holder, "waiting: another process fetches this file");
         }
+
         Progress::Done { snapshots } => {
             for snapshot in snapshots {
                 tracing::info!(repo = snapshot.repo, commit = snapshot.commit, "complete and verified");

@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::cli::exit::Exit;
 use crate::config::Config;
 use crate::config::folders::Folders;
+use crate::exit::Exit;
 use crate::observe::admin;
 use crate::sys::proc;
 

@@ -24,7 +24,7 @@ use super::head::{self, BadHead, Head, Reuse};
 use super::{Connection, History, Pool, connect};
 use crate::proxy::headers::BodyFraming;
 use crate::proxy::metrics::Counters;
-use crate::proxy::tap::{poll_read_once, with_buffer};
+use crate::proxy::wire::{poll_read_once, with_buffer};
 
 /// Bytes of a body that are kept so that the request can be said again.
 const KEPT: usize = 64 * 1024;

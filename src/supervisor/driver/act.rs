@@ -5,8 +5,8 @@ use std::sync::Arc;
 use rand::Rng;
 
 use super::{Driver, Report};
-use crate::cli::exit::Exit;
 use crate::engine::death::Reached;
+use crate::exit::Exit;
 use crate::health::probe::{self, Pulse};
 use crate::launch::record::Record;
 use crate::supervisor::acquire::acquire;

@@ -174,7 +174,7 @@ impl Driver {
             }
             Progress::Verifying { file, .. } => self.loading.named(format!("verifying {file}")),
             Progress::Waiting { file, holder } => {
-                self.loading.named(format!("waiting for {holder}, who fetches {file}"))
+                self.loading.named(format!("waiting for {holder}, who fetches {file}"));
             }
             Progress::Done { .. } | Progress::Failed { .. } => {}
         }

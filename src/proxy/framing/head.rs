@@ -1,0 +1,226 @@
+//! Judges a request's head: where it ends, and how its body's end is found.
+//!
+//! Knows the bytes of one head and nothing of what came before; the body is the checker's.
+
+use http::StatusCode;
+
+use super::{Framing, MAX_HEAD, MAX_LINE, MAX_TARGET, Violation};
+
+/// Most header lines.
+const MAX_LINES: usize = 100;
+
+/// Judges a head. `None`: it is not whole yet. Else its length and its body's framing.
+pub(super) fn head(bytes: &[u8]) -> Result<Option<(usize, Framing)>, Violation> {
+    // RFC 9112 §2.2: an empty line before the request line is ignored; one, not a flood.
+    let skipped = if bytes.starts_with(b"\r\n") { 2 } else { 0 };
+    let mut lines = Lines { bytes, at: skipped };
+    let Some(line) = lines.next_line()? else {
+        // What can be said of a line that has no end yet.
+        if bytes.len() > MAX_LINE {
+            return Err(too_long_target());
+        }
+        return Ok(None);
+    };
+    let request = RequestLine::parse(line)?;
+    let mut fields = Fields::default();
+    loop {
+        match lines.next_line()? {
+            None if bytes.len() > MAX_HEAD => return Err(too_large()),
+            None => return Ok(None),
+            Some(b"") => break,
+            Some(line) => fields.take(line)?,
+        }
+    }
+    if lines.at > MAX_HEAD {
+        return Err(too_large());
+    }
+    let framing = fields.verdict(&request)?;
+    Ok(Some((lines.at, framing)))
+}
+
+fn too_large() -> Violation {
+    Violation::with(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "the request's head is too large")
+}
+
+fn too_long_target() -> Violation {
+    Violation::with(StatusCode::URI_TOO_LONG, "the request's target is too long")
+}
+
+struct Lines<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Lines<'a> {
+    /// The next line without its CRLF; `None` when it has no end yet.
+    fn next_line(&mut self) -> Result<Option<&'a [u8]>, Violation> {
+        let rest = &self.bytes[self.at..];
+        let Some(end) = rest.iter().position(|&byte| byte < 0x20 && byte != b'\t' || byte == 0x7f) else {
+            return Ok(None);
+        };
+        match (rest[end], rest.get(end + 1)) {
+            (b'\r', Some(b'\n')) => {
+                self.at += end + 2;
+                Ok(Some(&rest[..end]))
+            }
+            (b'\r', None) => Ok(None),
+            (b'\r', _) => Err(Violation::bad("a carriage return stands alone in the head")),
+            (b'\n', _) => Err(Violation::bad("a line of the head ends without carriage return")),
+            _ => Err(Violation::bad("a control character stands in the head")),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Version {
+    Http10,
+    Http11,
+}
+
+struct RequestLine<'a> {
+    method: &'a [u8],
+    target: &'a [u8],
+    version: Version,
+}
+
+impl<'a> RequestLine<'a> {
+    fn parse(line: &'a [u8]) -> Result<Self, Violation> {
+        let mut words = line.split(|&byte| byte == b' ');
+        let (Some(method), Some(target), Some(version), None) =
+            (words.next(), words.next(), words.next(), words.next())
+        else {
+            return Err(Violation::bad("the request line is not: method, target, version"));
+        };
+        let version = match version {
+            b"HTTP/1.1" => Version::Http11,
+            b"HTTP/1.0" => Version::Http10,
+            _ => return Err(Violation::bad("the protocol is not HTTP/1.1 or HTTP/1.0")),
+        };
+        if target.len() > MAX_TARGET {
+            return Err(too_long_target());
+        }
+        if target.is_empty() || !target.iter().all(u8::is_ascii_graphic) {
+            return Err(Violation::bad("the request's target is not plain ASCII"));
+        }
+        match method {
+            b"GET" | b"HEAD" | b"POST" | b"PUT" | b"PATCH" | b"DELETE" | b"OPTIONS" => {}
+            _ => return Err(Violation::with(StatusCode::METHOD_NOT_ALLOWED, "the method is not known here")),
+        }
+        Ok(Self { method, target, version })
+    }
+
+    /// The authority of an absolute-form target.
+    fn authority(&self) -> Result<Option<&'a [u8]>, Violation> {
+        if self.target[0] == b'/' || self.target == b"*" {
+            return Ok(None);
+        }
+        let rest = [&b"http://"[..], b"https://"]
+            .iter()
+            .find(|scheme| self.target.get(..scheme.len()).is_some_and(|head| head.eq_ignore_ascii_case(scheme)))
+            .map(|scheme| &self.target[scheme.len()..])
+            .ok_or(Violation::bad("the request's target is neither a path nor an absolute URL"))?;
+        let end = rest.iter().position(|byte| b"/?#".contains(byte)).unwrap_or(rest.len());
+        Ok(Some(&rest[..end]))
+    }
+}
+
+#[derive(Default)]
+struct Fields<'a> {
+    lines: usize,
+    host: Option<&'a [u8]>,
+    length: Option<u64>,
+    chunked: bool,
+}
+
+impl<'a> Fields<'a> {
+    fn take(&mut self, line: &'a [u8]) -> Result<(), Violation> {
+        self.lines += 1;
+        if self.lines > MAX_LINES {
+            return Err(Violation::with(
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                "there are too many header lines",
+            ));
+        }
+        if matches!(line[0], b' ' | b'\t') {
+            return Err(Violation::bad("a header is folded over two lines"));
+        }
+        let colon = line.iter().position(|&byte| byte == b':').ok_or(Violation::bad("a header has no colon"))?;
+        let (name, value) = (&line[..colon], &line[colon + 1..]);
+        if name.is_empty() || !name.iter().copied().all(is_token) {
+            return Err(Violation::bad("a header's name is malformed"));
+        }
+        // One space is what everybody sends; more freedom is where parsers disagree.
+        let value = value.strip_prefix(b" ").unwrap_or(value);
+        if name.eq_ignore_ascii_case(b"content-length") {
+            if self.length.is_some() {
+                return Err(Violation::bad("there are two Content-Length headers"));
+            }
+            self.length = Some(content_length(value)?);
+        } else if name.eq_ignore_ascii_case(b"transfer-encoding") {
+            if self.chunked {
+                return Err(Violation::bad("there are two Transfer-Encoding headers"));
+            }
+            transfer_encoding(value)?;
+            self.chunked = true;
+        } else if name.eq_ignore_ascii_case(b"host") {
+            if self.host.replace(value).is_some() {
+                return Err(Violation::bad("there are two Host headers"));
+            }
+        } else if name.eq_ignore_ascii_case(b"expect") && !value.eq_ignore_ascii_case(b"100-continue") {
+            return Err(Violation::with(StatusCode::EXPECTATION_FAILED, "the expectation is not 100-continue"));
+        }
+        Ok(())
+    }
+
+    fn verdict(&self, request: &RequestLine<'_>) -> Result<Framing, Violation> {
+        match (self.host, request.version) {
+            (None, Version::Http11) => return Err(Violation::bad("there is no Host header")),
+            (Some(host), _) if !is_authority(host) => return Err(Violation::bad("the Host header is malformed")),
+            _ => {}
+        }
+        if let Some(authority) = request.authority()?
+            && !self.host.is_some_and(|host| host.eq_ignore_ascii_case(authority))
+        {
+            return Err(Violation::bad("the target's authority and the Host header disagree"));
+        }
+        match (self.length, self.chunked, request.version) {
+            (Some(_), true, _) => Err(Violation::bad("there are both Content-Length and Transfer-Encoding")),
+            (None, true, Version::Http10) => Err(Violation::bad("Transfer-Encoding is not part of HTTP/1.0")),
+            (None, true, Version::Http11) => Ok(Framing::Chunked),
+            (Some(length), false, _) => Ok(Framing::Length(length)),
+            (None, false, Version::Http10) if matches!(request.method, b"POST" | b"PUT" | b"PATCH") => {
+                Err(Violation::with(StatusCode::LENGTH_REQUIRED, "the body has no length"))
+            }
+            (None, false, _) => Ok(Framing::None),
+        }
+    }
+}
+
+fn content_length(value: &[u8]) -> Result<u64, Violation> {
+    if value.is_empty() || value.len() > 19 || !value.iter().all(u8::is_ascii_digit) {
+        return Err(Violation::bad("the Content-Length is no plain number"));
+    }
+    Ok(value.iter().fold(0, |length, digit| length * 10 + u64::from(digit - b'0')))
+}
+
+fn transfer_encoding(value: &[u8]) -> Result<(), Violation> {
+    if value.eq_ignore_ascii_case(b"chunked") {
+        return Ok(());
+    }
+    let codings: Vec<&[u8]> =
+        value.split(|&byte| byte == b',').map(|word| word.strip_prefix(b" ").unwrap_or(word)).collect();
+    let malformed = codings.iter().any(|coding| coding.is_empty() || !coding.iter().copied().all(is_token));
+    let misplaced = codings[..codings.len() - 1].iter().any(|coding| coding.eq_ignore_ascii_case(b"chunked"));
+    if malformed || misplaced {
+        return Err(Violation::bad("the Transfer-Encoding is malformed"));
+    }
+    Err(Violation::with(StatusCode::NOT_IMPLEMENTED, "the only transfer coding known here is chunked"))
+}
+
+fn is_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}
+
+fn is_authority(host: &[u8]) -> bool {
+    !host.is_empty() && host.iter().all(|byte| byte.is_ascii_alphanumeric() || b".-_:[]%~".contains(byte))
+}

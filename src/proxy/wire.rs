@@ -1,0 +1,191 @@
+//! One client's socket: what its tap, its service and its answer know together.
+//!
+//! That the client has left while its answer is still being made (seen without reading ahead, so a
+//! pipelined second request hides nothing), that what was written is really out, and how to end a
+//! connection so that the last answer is read. It parses nothing.
+
+use std::cell::{Cell, RefCell};
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+use super::framing::Violation;
+
+thread_local! {
+    /// The one read buffer of a worker, for clients and engine alike: nothing stays in it between
+    /// two polls, so no stream needs its own.
+    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BUFFER].into_boxed_slice());
+}
+
+/// Size of a worker's read buffer: some socket buffers' worth, still within the L2 cache.
+pub const READ_BUFFER: usize = 64 * 1024;
+
+/// Runs `reader` on the worker's buffer. Not to be nested.
+pub fn with_buffer<R>(reader: impl FnOnce(&mut [u8]) -> R) -> R {
+    BUFFER.with_borrow_mut(|buffer| reader(buffer))
+}
+
+/// Reads once into `buffer`. After a short read the readiness is given back at once: the socket is
+/// empty then, and asking it again would be a system call for nothing (edge-triggered epoll reports
+/// whatever comes later).
+pub fn poll_read_once(stream: &TcpStream, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(stream.poll_read_ready(cx))?;
+        match stream.try_read(buffer) {
+            Ok(read) => {
+                if read > 0 && read < buffer.len() {
+                    let _: io::Result<()> = stream.try_io(Interest::READABLE, || Err(io::ErrorKind::WouldBlock.into()));
+                }
+                return Poll::Ready(Ok(read));
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Poll::Ready(Err(error)),
+        }
+    }
+}
+
+type Leaving = Pin<Box<dyn Future<Output = ()>>>;
+
+/// What the service, the answer and the tap of one connection know together.
+pub struct Wire {
+    stream: Rc<TcpStream>,
+    refusal: Cell<Option<Violation>>,
+    /// How often everything written so far was handed to the kernel.
+    flushes: Cell<u64>,
+    flush_waker: Cell<Option<Waker>>,
+    leaving: RefCell<Option<Leaving>>,
+    /// The client has closed its side.
+    ended: Cell<bool>,
+    /// A request has come.
+    asked: Cell<bool>,
+}
+
+impl fmt::Debug for Wire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Wire").field("stream", &self.stream).finish_non_exhaustive()
+    }
+}
+
+impl Wire {
+    pub fn new(stream: Rc<TcpStream>) -> Rc<Self> {
+        Rc::new(Self {
+            stream,
+            refusal: Cell::new(None),
+            flushes: Cell::new(0),
+            flush_waker: Cell::new(None),
+            leaving: RefCell::new(None),
+            ended: Cell::new(false),
+            asked: Cell::new(false),
+        })
+    }
+
+    pub fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    /// The request that comes next must be refused: see [`Self::refusal`].
+    pub fn refuse(&self, violation: Violation) {
+        self.refusal.set(Some(violation));
+    }
+
+    /// The client's end was read.
+    pub fn end(&self) {
+        self.ended.set(true);
+    }
+
+    /// Why the request now in the service's hands must be refused, if it must.
+    pub fn refusal(&self) -> Option<Violation> {
+        self.refusal.get()
+    }
+
+    /// Ready when the client has closed or reset its side, whatever it sent before. Nothing is read.
+    pub fn poll_left(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.ended.get() {
+            return Poll::Ready(());
+        }
+        let mut leaving = self.leaving.borrow_mut();
+        let future = leaving.get_or_insert_with(|| {
+            let stream = Rc::clone(&self.stream);
+            // EPOLLRDHUP without data: tokio reports it to who waits for priority readiness.
+            Box::pin(async move {
+                let _ = stream.ready(Interest::PRIORITY).await;
+            })
+        });
+        ready!(future.as_mut().poll(cx));
+        self.ended.set(true);
+        Poll::Ready(())
+    }
+
+    pub fn ask(&self) {
+        self.asked.set(true);
+    }
+
+    /// Whether a request ever came.
+    pub fn was_asked(&self) -> bool {
+        self.asked.get()
+    }
+
+    /// Whether the client was seen to have closed its side.
+    pub fn has_ended(&self) -> bool {
+        self.ended.get()
+    }
+
+    pub fn flushes(&self) -> u64 {
+        self.flushes.get()
+    }
+
+    /// Ready once all that was written after the `since`th flush is with the kernel.
+    pub fn poll_flushed(&self, cx: &mut Context<'_>, since: u64) -> Poll<()> {
+        if self.flushes.get() > since {
+            return Poll::Ready(());
+        }
+        self.flush_waker.set(Some(cx.waker().clone()));
+        Poll::Pending
+    }
+
+    /// hyper has nothing left to write.
+    pub fn flushed(&self) {
+        self.flushes.set(self.flushes.get() + 1);
+        if let Some(waker) = self.flush_waker.take() {
+            waker.wake();
+        }
+    }
+}
+
+pub fn shut_write(stream: &TcpStream) -> io::Result<()> {
+    match socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write) {
+        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+        outcome => outcome,
+    }
+}
+
+/// How long and how much a client may go on sending after its refusal.
+const LINGER: Duration = Duration::from_secs(2);
+const LINGER_BYTES: usize = 1 << 20;
+
+/// Ends a connection so that the client can read the last answer: FIN first, then what it still
+/// sends is thrown away for a moment. Closing with unread bytes would be RST, which takes the answer
+/// out of the client's hands.
+pub async fn close(stream: Rc<TcpStream>) {
+    if shut_write(&stream).is_err() {
+        return;
+    }
+    let drain = async {
+        let mut left = LINGER_BYTES;
+        while left > 0 {
+            let read = std::future::poll_fn(|cx| with_buffer(|buffer| poll_read_once(&stream, cx, buffer))).await;
+            match read {
+                Ok(n) if n > 0 => left = left.saturating_sub(n),
+                _ => return,
+            }
+        }
+    };
+    let _ = tokio::time::timeout(LINGER, drain).await;
+}
