@@ -88,8 +88,7 @@ async fn j01_sigterm_while_downloading_keeps_what_was_fetched() {
 
 #[tokio::test]
 async fn j02_a_second_signal_skips_the_drain_and_still_leaves_nothing() {
-    let mut daemon =
-        quick("ignore_sigterm,orphan_setsid,leak_shm").env("SGLANG_SIM_TOKENS_PER_SECOND", "10").start();
+    let mut daemon = quick("ignore_sigterm,orphan_setsid,leak_shm").env("SGLANG_SIM_TOKENS_PER_SECOND", "10").start();
     daemon.is_ready(SOON).await;
     let mut stream = open_stream(daemon.public(), 2000);
     daemon.terminate();
@@ -128,7 +127,8 @@ async fn j02_two_signals_of_one_key_are_one_wish() {
 async fn j03_j05_signals_that_mean_nothing_change_nothing() {
     let mut daemon = quick("").env("SGLANG_SIM_START_SECONDS", "1").start();
     daemon.reaches(&["loading"], SOON).await;
-    let nothing = [Signal::SIGHUP, Signal::SIGPIPE, Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH, Signal::SIGCHLD];
+    let nothing =
+        [Signal::SIGHUP, Signal::SIGPIPE, Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH, Signal::SIGCHLD];
     for signal in nothing {
         daemon.signal(signal);
     }
@@ -161,7 +161,7 @@ async fn j05_a_log_that_nobody_reads_or_that_is_closed_stops_nothing() {
 
 #[tokio::test]
 async fn j05_time_in_which_it_was_stopped_is_no_silence_of_the_engines() {
-    let mut daemon = quick("").env("SGLANG_SIM_START_SECONDS", "12").set("start.stall", "5s").start();
+    let mut daemon = quick("").env("SGLANG_SIM_START_SECONDS", "5").set("start.stall", "3s").start();
     daemon
         .until("the load", SOON, async |daemon| {
             text_at(&daemon.status().await?, "/phase").contains("weights").then_some(())
@@ -172,7 +172,8 @@ async fn j05_time_in_which_it_was_stopped_is_no_silence_of_the_engines() {
     send(engine, Signal::SIGSTOP);
     daemon.signal(Signal::SIGSTOP);
     let begun = Instant::now();
-    eventually("longer than start.stall", SOON, async || (begun.elapsed() > Duration::from_secs(6)).then_some(())).await;
+    eventually("longer than start.stall", SOON, async || (begun.elapsed() > Duration::from_millis(4500)).then_some(()))
+        .await;
     daemon.signal(Signal::SIGCONT);
     daemon.until("it is told", SOON, async |d| d.log().contains("itself did not run").then_some(())).await;
     assert_eq!(daemon.state().await.as_deref(), Some("loading"), "judged for silence that it could not hear");
@@ -185,9 +186,8 @@ async fn j05_time_in_which_it_was_stopped_is_no_silence_of_the_engines() {
 #[tokio::test]
 async fn j04_a_storm_of_orphans_is_reaped_and_starves_nobody() {
     const ORPHANS: usize = 400;
-    let storm = format!(
-        "i=0; while [ $i -lt {ORPHANS} ]; do (sleep 1 &) ; i=$((i+1)); done; exec {SGLANGD} simulate \"$@\""
-    );
+    let storm =
+        format!("i=0; while [ $i -lt {ORPHANS} ]; do (sleep 1 &) ; i=$((i+1)); done; exec {SGLANGD} simulate \"$@\"");
     let mut daemon = script(quick(""), &storm).start();
     let children = |daemon: &Daemon| processes::all().into_iter().filter(|p| p.parent == daemon.pid()).count();
     let mut most = 0;
@@ -204,7 +204,11 @@ async fn j04_a_storm_of_orphans_is_reaped_and_starves_nobody() {
     // Proxy, guard, engine; a zombie would be a fourth.
     daemon.until("all are reaped", SOON, async |daemon| (children(daemon) == 3).then_some(())).await;
     let status = daemon.status().await.unwrap();
-    assert_eq!((engine_pid(&status), number_at(&status, "/engine/restarts")), (engine, 0), "an orphan was taken for it");
+    assert_eq!(
+        (engine_pid(&status), number_at(&status, "/engine/restarts")),
+        (engine, 0),
+        "an orphan was taken for it"
+    );
     daemon.stops_clean(SOON).await;
 }
 

@@ -201,7 +201,10 @@ impl Driver {
         if gap < super::OVERSLEPT {
             return;
         }
-        tracing::warn!("sglangd itself did not run for {} s; the engine's silence meanwhile does not count", gap.as_secs());
+        tracing::warn!(
+            "sglangd itself did not run for {} s; the engine's silence meanwhile does not count",
+            gap.as_secs()
+        );
         self.pulse.begin_anew();
         self.on(Event::Progressed).await;
     }
