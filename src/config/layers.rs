@@ -232,7 +232,10 @@ impl Layers {
         };
         let source = Source::new(kind, name, value);
         let place = Place::whole(&source);
-        let structured = shape != Shape::Scalar || value.trim_start().starts_with(['[', '{', '"', '\'']);
+        // `[::]:8000` looks like a list to YAML.
+        let is_address = value.trim().parse::<std::net::SocketAddr>().is_ok();
+        let structured =
+            !is_address && (shape != Shape::Scalar || value.trim_start().starts_with(['[', '{', '"', '\'']));
         let node = if structured {
             match document::parse(&source) {
                 Ok(node) => node,

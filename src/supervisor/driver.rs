@@ -47,6 +47,9 @@ const STEPS: usize = 16;
 /// How often the driver looks at everything by itself.
 const BEAT: Duration = Duration::from_secs(1);
 
+/// The loop turns each second. After a gap as long as this we were stopped (SIGSTOP, a debugger, a
+/// frozen cgroup), and what seemed silent meanwhile may only not have been heard.
+const OVERSLEPT: Duration = Duration::from_secs(4);
 /// Stop signals closer together than this are one; nobody presses Ctrl-C twice so fast.
 const ONE_WISH: Duration = Duration::from_millis(100);
 
@@ -60,6 +63,18 @@ enum Report {
     Notice(Notice),
     TreeEmpty,
     Released { roll: u16 },
+}
+
+/// What the driver's loop woke up for.
+enum Turn {
+    Wish(Wish),
+    Report(Report),
+    Said(Said),
+    Step(Progress),
+    Phase(String),
+    Traffic,
+    Due,
+    Beat,
 }
 
 /// Reads the configuration anew, for SIGHUP; the error is ready to be shown.
@@ -98,6 +113,8 @@ pub struct Outlook {
 pub struct Driver {
     machine: Machine,
     born: Instant,
+    /// The end of the loop's last turn.
+    awake: Instant,
     means: Means,
     spawner: Spawner,
     listen: Listening,
@@ -189,6 +206,7 @@ impl Driver {
         let driver = Self {
             machine,
             born: Instant::now(),
+            awake: Instant::now(),
             means,
             spawner,
             listen,
@@ -250,18 +268,30 @@ impl Driver {
                 return code;
             }
             let due = self.machine.deadline().map(|at| self.born + Duration::from_millis(at));
-            tokio::select! {
+            let turn = tokio::select! {
                 biased;
-                wish = self.signals.next() => self.wished(wish).await,
-                Some(report) = self.inbox.recv() => self.reported(report).await,
-                Some(said) = self.hearing.recv() => self.heard(said).await,
-                Some(step) = self.downloading.recv() => self.downloaded(&step),
-                Some(phase) = self.phasing.recv() => self.loading.named(phase),
-                Ok(()) = self.half_view.changed() => self.traffic_changed().await,
-                () = sleep_until(due) => self.on(Event::Tick).await,
-                _ = beat.tick() => self.beat().await,
+                wish = self.signals.next() => Turn::Wish(wish),
+                Some(report) = self.inbox.recv() => Turn::Report(report),
+                Some(said) = self.hearing.recv() => Turn::Said(said),
+                Some(step) = self.downloading.recv() => Turn::Step(step),
+                Some(phase) = self.phasing.recv() => Turn::Phase(phase),
+                Ok(()) = self.half_view.changed() => Turn::Traffic,
+                () = sleep_until(due) => Turn::Due,
+                _ = beat.tick() => Turn::Beat,
+            };
+            self.woke().await;
+            match turn {
+                Turn::Wish(wish) => self.wished(wish).await,
+                Turn::Report(report) => self.reported(report).await,
+                Turn::Said(said) => self.heard(said).await,
+                Turn::Step(step) => self.downloaded(&step),
+                Turn::Phase(phase) => self.loading.named(phase),
+                Turn::Traffic => self.traffic_changed().await,
+                Turn::Due => self.on(Event::Tick).await,
+                Turn::Beat => self.beat().await,
             }
             self.publish();
+            self.awake = Instant::now();
         }
     }
 

@@ -118,6 +118,11 @@ impl Setup {
         self.admin
     }
 
+    #[must_use]
+    pub fn listening_on(self, public: SocketAddr) -> Self {
+        Self { public, ..self }
+    }
+
     /// One more configuration file; later ones win.
     #[must_use]
     pub fn config(mut self, yaml: &str) -> Self {
@@ -187,7 +192,8 @@ impl Setup {
         self.folder().join("run")
     }
 
-    fn log(&self) -> PathBuf {
+    /// Where its standard output and error go.
+    pub fn log(&self) -> PathBuf {
         self.folder().join("log")
     }
 
@@ -283,6 +289,10 @@ impl Daemon {
 
     /// All that it and its engine have said.
     pub fn log(&self) -> String {
+        // A test may have put a pipe there: reading it would take what the test is to read, or wait.
+        if !fs::metadata(self.setup.log()).is_ok_and(|file| file.is_file()) {
+            return String::new();
+        }
         String::from_utf8_lossy(&fs::read(self.setup.log()).unwrap_or_default()).into_owned()
     }
 
@@ -466,15 +476,16 @@ impl Daemon {
         left
     }
 
-    /// Names with a pid of its own, and names of the engine's kinds that no living process has mapped:
-    /// quick tests run side by side, and a neighbour's engine is alive.
+    /// Names with a pid of its own, and names of the engine's kinds that no living process has mapped.
+    /// The simulated engine's all have a pid: quick tests run side by side, and a neighbour's killed
+    /// engine leaves files, too, until its sglangd has removed them.
     fn may_be_mine(&self, name: &str) -> bool {
         let numbers: BTreeSet<i32> = name.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect();
         if self.seen.keys().any(|pid| numbers.contains(pid)) {
             return true;
         }
         let kind = ["sem.mp-", "sgl_shm_mq_", "sglang_loads_", "nccl-"].iter().any(|k| name.starts_with(k));
-        kind && !processes::is_mapped(&Path::new("/dev/shm").join(name))
+        kind && !name.contains("sim") && !processes::is_mapped(&Path::new("/dev/shm").join(name))
     }
 
     fn tail(&self) -> String {

@@ -55,6 +55,13 @@ impl PulseState {
         let now = Instant::now();
         (self.last, self.answered, self.asked, self.suspected) = (LastProbe::Passed, Some(now), Some(now), None);
     }
+
+    fn begin_anew(&mut self) {
+        let now = Instant::now();
+        self.asked = self.asked.map(|_| now);
+        self.waiting_since = self.waiting_since.map(|_| now);
+        self.suspected = None;
+    }
 }
 
 impl Driver {
@@ -186,6 +193,20 @@ impl Driver {
         if matches!(self.machine.state, State::Draining { .. }) && !busy && proven {
             self.on(Event::Idle).await;
         }
+    }
+
+    /// Time in which we did not run is no silence of the engine's: every patience begins anew.
+    pub(super) async fn woke(&mut self) {
+        let gap = self.awake.elapsed();
+        if gap < super::OVERSLEPT {
+            return;
+        }
+        tracing::warn!(
+            "sglangd itself did not run for {} s; the engine's silence meanwhile does not count",
+            gap.as_secs()
+        );
+        self.pulse.begin_anew();
+        self.on(Event::Progressed).await;
     }
 
     /// Once a second.
