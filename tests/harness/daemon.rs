@@ -534,3 +534,55 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
     }
     found
 }
+
+/// The witness itself: were it blind, every "nothing is left" would be worth nothing.
+mod witness {
+    use super::*;
+
+    /// An idle daemon, and something of its that outlives it.
+    async fn outlived_by(stray: impl FnOnce(&Daemon) -> Option<Child>) {
+        let mut daemon = Setup::simulated().start();
+        daemon.until("status", Duration::from_secs(20), async |daemon| daemon.status().await).await;
+        let mut stray = stray(&daemon);
+        daemon.terminate();
+        assert_eq!(daemon.exit(Duration::from_secs(20)).await, 0);
+        let left = daemon.left();
+        if let Some(stray) = stray.as_mut() {
+            stray.kill().unwrap();
+            stray.wait().unwrap();
+        }
+        assert!(left.is_empty(), "{left}");
+    }
+
+    #[tokio::test]
+    #[should_panic(expected = "process ")]
+    async fn a_process_that_stays_is_seen() {
+        outlived_by(|daemon| {
+            // In a session of its own and nobody's child: only its environment tells whose it was.
+            Some(Command::new("setsid").args(["sleep", "60"]).env(MARK, daemon.setup.mark()).spawn().unwrap())
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    #[should_panic(expected = "temporary file ")]
+    async fn a_temporary_file_that_stays_is_seen() {
+        outlived_by(|daemon| {
+            fs::write(daemon.folder().join("tmp/stray"), "").unwrap();
+            None
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    #[should_panic(expected = "listener ")]
+    async fn a_listener_that_stays_is_seen() {
+        let mut taken = None;
+        outlived_by(|daemon| {
+            // The daemon has bound it already: one more, beside it, on the same port of another address.
+            taken = Some(TcpListener::bind(("127.0.0.2", daemon.public().port())).unwrap());
+            None
+        })
+        .await;
+    }
+}
