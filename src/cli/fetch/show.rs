@@ -28,9 +28,7 @@ pub struct Show {
 #[derive(Debug)]
 enum Face {
     Bars(Box<Bars>),
-    Log {
-        next: Option<Instant>,
-    },
+    Log { next: Option<Instant> },
 }
 
 #[derive(Debug)]
@@ -43,11 +41,8 @@ struct Bars {
 impl Show {
     pub fn new(progress_fd: Option<u32>) -> std::io::Result<Self> {
         let pipe = progress_fd.map(open).transpose()?;
-        let face = if std::io::stderr().is_terminal() {
-            Face::Bars(Box::new(Bars::new()))
-        } else {
-            Face::Log { next: None }
-        };
+        let face =
+            if std::io::stderr().is_terminal() { Face::Bars(Box::new(Bars::new())) } else { Face::Log { next: None } };
         Ok(Self { face, pipe })
     }
 
