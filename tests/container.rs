@@ -11,7 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use crate::harness::daemon::{eventually, free_address, get_json, write_small_model};
+use crate::harness::daemon::{RUN, eventually, free_address, get_json, temporary_folder, write_small_model};
 use crate::harness::processes::{self, Process};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
@@ -31,7 +31,7 @@ impl Podman {
             PathBuf::from(std::env::var_os(name).unwrap_or_else(|| panic!("{name} is not set: use `tests/run heavy`")))
         };
         let (binary, base) = (prepared("SGLANGD_TEST_RELEASE"), prepared("SGLANGD_TEST_BASE"));
-        let podman = Self { folder: tempfile::Builder::new().prefix("sd-").tempdir_in("/tmp").unwrap() };
+        let podman = Self { folder: temporary_folder() };
         let at = |name: &str| podman.folder.path().join(name);
         fs::write(
             at("storage.conf"),
@@ -99,7 +99,12 @@ impl Podman {
         let bind = |name: &str, to: &str| format!("--volume={mark}/{name}:{to}:ro");
         let client = self
             .command(&["run", "--rm", "--network=host", "--name", NAME])
-            .args([bind("model", "/model"), bind("config.yaml", "/override.yaml"), format!("--env={MARK}={mark}")])
+            .args([
+                bind("model", "/model"),
+                bind("config.yaml", "/override.yaml"),
+                format!("--env={MARK}={mark}"),
+                format!("--env={RUN}"),
+            ])
             .args([NAME, "--config", "/override.yaml"])
             .args(["--listen", &public.to_string(), "--admin", &admin.to_string()])
             .stdout(log.try_clone().unwrap())

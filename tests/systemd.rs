@@ -9,7 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use crate::harness::daemon::{SGLANGD, eventually, write_small_model};
+use crate::harness::daemon::{SGLANGD, eventually, temporary_folder, write_small_model};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -20,7 +20,7 @@ struct SystemdBox {
 
 impl SystemdBox {
     fn boot(config: &str) -> Self {
-        let folder = tempfile::Builder::new().prefix("sd-").tempdir_in("/tmp").unwrap();
+        let folder = temporary_folder();
         let at = |name: &str| folder.path().join(name);
         // Laid over /usr/bin, so that the unit's ExecStart is the one that ships.
         fs::create_dir(at("bin")).unwrap();

@@ -42,6 +42,15 @@ pub async fn eventually<T>(what: &str, within: Duration, mut look: impl AsyncFnM
     }
 }
 
+/// Set by `tests/run`, so that it can tell what its own tests left from what others are doing.
+pub const RUN: &str = "SGLANG_TEST_RUN";
+
+/// A folder of the test's own. Short: engines put Unix sockets below it, and their paths end at 107 bytes.
+pub fn temporary_folder() -> TempDir {
+    let run = std::env::var(RUN).map_or_else(|_| String::new(), |run| run + "-");
+    tempfile::Builder::new().prefix(&format!("sd-{run}")).tempdir_in("/tmp").unwrap()
+}
+
 /// A loopback address that nobody listens on. From the kernel, so two tests never get the same one.
 pub fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
@@ -72,8 +81,7 @@ pub struct Setup {
 impl Setup {
     /// Folders and addresses only: no configuration yet.
     pub fn bare() -> Self {
-        // Short: engines put Unix sockets below it, and their paths end at 107 bytes.
-        let folder = tempfile::Builder::new().prefix("sd-").tempdir_in("/tmp").unwrap();
+        let folder = temporary_folder();
         for name in ["tmp", "run", "state", "home"] {
             fs::create_dir(folder.path().join(name)).unwrap();
         }
@@ -171,7 +179,7 @@ impl Setup {
         command.arg(subcommand);
         // Only what a login would give: a developer's HF_TOKEN or SGLANGD_… must not reach a test.
         command.env_clear();
-        for name in ["PATH", "LANG", "LLVM_PROFILE_FILE"] {
+        for name in ["PATH", "LANG", "LLVM_PROFILE_FILE", RUN] {
             if let Some(value) = std::env::var_os(name) {
                 command.env(name, value);
             }
@@ -480,12 +488,16 @@ impl Daemon {
     /// The simulated engine's all have a pid: quick tests run side by side, and a neighbour's killed
     /// engine leaves files, too, until its sglangd has removed them.
     fn may_be_mine(&self, name: &str) -> bool {
-        let numbers: BTreeSet<i32> = name.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect();
-        if self.seen.keys().any(|pid| numbers.contains(pid)) {
+        if self.bears_a_pid_of_mine(name) {
             return true;
         }
         let kind = ["sem.mp-", "sgl_shm_mq_", "sglang_loads_", "nccl-"].iter().any(|k| name.starts_with(k));
         kind && !name.contains("sim") && !processes::is_mapped(&Path::new("/dev/shm").join(name))
+    }
+
+    fn bears_a_pid_of_mine(&self, name: &str) -> bool {
+        let mut numbers = name.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok());
+        numbers.any(|pid: i32| self.seen.contains_key(&pid))
     }
 
     fn tail(&self) -> String {
@@ -506,6 +518,13 @@ impl Drop for Daemon {
         }
         for process in self.processes() {
             let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
+        }
+        // What the supervisor, killed here, can no longer sweep. Only names with a pid of its own: a
+        // nameless one may be a neighbour's.
+        for name in shared_memory().difference(&self.shm_before) {
+            if self.bears_a_pid_of_mine(name) {
+                let _ = fs::remove_file(Path::new("/dev/shm").join(name));
+            }
         }
     }
 }
