@@ -146,7 +146,9 @@ async fn from_the_first_moment_the_public_port_tells_how_far_it_is() {
 
     let mut watched = Watched::default();
     daemon.until("ready", SOON, async |daemon| watched.look(&daemon.status().await?).then_some(())).await;
-    for path in ["/health", "/ready", "/live"] {
+    // The proxy hears of it a moment after the status page does.
+    daemon.until("the gate opens", SOON, async |_| (got(addr, "/health").status == 200).then_some(())).await;
+    for path in ["/ready", "/live"] {
         assert_eq!(got(addr, path).status, 200, "{path}");
     }
     let answer = streamed(addr, 20);

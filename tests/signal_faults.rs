@@ -35,9 +35,10 @@ async fn stopped(mut daemon: Daemon) -> Duration {
 #[tokio::test]
 async fn j01_sigterm_at_any_moment_of_a_start_ends_it_at_once() {
     // Moments by time, since some states are too short to be caught; then the long ones by name.
-    for moment in 0..10 {
+    for moment in 1..8 {
         let daemon = quick("orphan_setsid,leak_shm").start();
-        tokio::time::sleep(Duration::from_millis(12 * moment * moment)).await;
+        // Nothing is waited for: these are moments to strike at, whatever happens then.
+        tokio::time::sleep(Duration::from_millis(16 * moment * moment)).await;
         if !daemon.log().contains("INFO fetching") {
             // Before it catches signals the default action ends it, and nothing was started.
             continue;
@@ -290,7 +291,7 @@ async fn j09_the_guard_can_be_lost_too() {
 
 #[tokio::test]
 async fn j17_a_stop_and_a_death_at_once_have_one_end() {
-    for _ in 0..3 {
+    for _ in 0..2 {
         let mut daemon = quick("orphan_setsid").start();
         let engine = engine_pid(&daemon.is_ready(SOON).await);
         daemon.note_processes();

@@ -192,7 +192,7 @@ async fn guard(
         on_parent_death: ParentDeath::Survive,
     };
     match spawner.spawn(spec).await {
-        Ok((mut child, _)) => child.stdin.take().map(Guarded::new),
+        Ok((mut child, end)) => child.stdin.take().map(|pipe| Guarded::new(pipe, end)),
         Err(error) => {
             tracing::warn!(
                 "no guard could be started ({error}): should sglangd be killed, only the next start ends what it leaves"

@@ -9,6 +9,9 @@
 use std::io::{BufRead, Write};
 use std::path::Path;
 
+use tokio::sync::oneshot;
+
+use super::reaper::Ended;
 use super::record::Record;
 
 /// The last line of a supervisor that ended in order.
@@ -34,11 +37,12 @@ pub fn watch(input: impl BufRead, runtime: &Path) -> Result<(), String> {
 #[derive(Debug)]
 pub struct Guarded<W: Write> {
     pipe: W,
+    end: oneshot::Receiver<Ended>,
 }
 
 impl<W: Write> Guarded<W> {
-    pub fn new(pipe: W) -> Self {
-        Self { pipe }
+    pub fn new(pipe: W, end: oneshot::Receiver<Ended>) -> Self {
+        Self { pipe, end }
     }
 
     /// From now on this engine dies with us.
@@ -52,9 +56,10 @@ impl<W: Write> Guarded<W> {
         self.pipe.flush()
     }
 
-    /// Everything was ended in order; nothing is left to guard.
-    pub fn bye(mut self) {
+    /// Everything was ended in order; nothing is left to guard. The guard's own end comes next.
+    pub fn bye(mut self) -> oneshot::Receiver<Ended> {
         // A guard that is gone needs no farewell.
         let _ = self.pipe.write_all(format!("{BYE}\n").as_bytes());
+        self.end
     }
 }

@@ -50,6 +50,8 @@ const BEAT: Duration = Duration::from_secs(1);
 /// The loop turns each second. After a gap as long as this we were stopped (SIGSTOP, a debugger, a
 /// frozen cgroup), and what seemed silent meanwhile may only not have been heard.
 const OVERSLEPT: Duration = Duration::from_secs(4);
+/// What the proxy and the guard may take to end when the engine is gone: milliseconds.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// Stop signals closer together than this are one; nobody presses Ctrl-C twice so fast.
 const ONE_WISH: Duration = Duration::from_millis(100);
 
@@ -264,7 +266,7 @@ impl Driver {
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         loop {
             if let Some(code) = self.exit {
-                self.farewell();
+                self.farewell().await;
                 return code;
             }
             let due = self.machine.deadline().map(|at| self.born + Duration::from_millis(at));
@@ -406,10 +408,31 @@ impl Driver {
         self.status.send_replace(status);
     }
 
-    /// Everything was ended: nothing is left to guard, to say, or to find.
-    fn farewell(&mut self) {
-        if let Some(guard) = self.guard.take() {
-            guard.bye();
+    /// The engine is gone; the proxy and the guard are to be gone before we are, too.
+    async fn farewell(&mut self) {
+        self.half.close();
+        let guard = self.guard.take().map(Guarded::bye);
+        let mut view = self.half_view.clone();
+        let gone = async {
+            while view.changed().await.is_ok() {}
+            if let Some(guard) = guard {
+                let _ = guard.await;
+            }
+        };
+        tokio::pin!(gone);
+        let late = tokio::time::sleep(FAREWELL);
+        tokio::pin!(late);
+        loop {
+            tokio::select! {
+                () = &mut gone => return,
+                // The kernel ends the proxy with us, the pipe's end the guard.
+                () = &mut late => return,
+                wish = self.signals.next() => {
+                    if wish == Wish::Reap {
+                        self.spawner.reap();
+                    }
+                }
+            }
         }
     }
 }

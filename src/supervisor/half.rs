@@ -22,6 +22,8 @@ use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
 const SHORT_LIFE: Duration = Duration::from_secs(1);
 /// Wait before replacing a proxy that keeps dying.
 const NEXT_TRY: Duration = Duration::from_millis(500);
+/// A proxy whose link has ended closes everything within milliseconds.
+const CLOSE_LIMIT: Duration = Duration::from_millis(500);
 /// Commands under way: drain, cut, scrapes.
 const COMMANDS: usize = 16;
 /// A metrics page is gathered within milliseconds; a proxy that takes longer is stuck.
@@ -49,6 +51,8 @@ pub struct HalfView {
 #[derive(Debug)]
 enum Command {
     Send(Down),
+    /// End the proxy, and keep none from now on.
+    Close,
     Scrape(oneshot::Sender<String>),
 }
 
@@ -88,6 +92,11 @@ impl Half {
     /// End open streams with an error event.
     pub fn cut(&self, reason: &str) {
         self.send(Down::CutStreams { reason: reason.to_owned() });
+    }
+
+    /// Ends the proxy; its view has no sender any more once it is gone.
+    pub fn close(&self) {
+        let _ = self.commands.try_send(Command::Close);
     }
 
     fn send(&self, message: Down) {
@@ -133,7 +142,7 @@ async fn keep(
 }
 
 enum Ended {
-    /// Every `Half` is gone.
+    /// Every `Half` is gone, or one closed it.
     NoLongerWanted,
     Died(String),
 }
@@ -221,6 +230,15 @@ async fn run(
             }
             command = inbox.recv() => match command {
                 Some(Command::Send(message)) => message,
+                Some(Command::Close) => {
+                    // The end of the link is its order to end: connections are closed, not reset.
+                    drop((reader, writer));
+                    if tokio::time::timeout(CLOSE_LIMIT, &mut end).await.is_err() {
+                        let _ = crate::sys::proc::signal(&child.pidfd, rustix::process::Signal::KILL);
+                        let _ = end.await;
+                    }
+                    return Ok(Ended::NoLongerWanted);
+                }
                 Some(Command::Scrape(reply)) => {
                     let id = NEXT.fetch_add(1, Ordering::Relaxed);
                     scrapes.retain(|_, waiting| !waiting.is_closed());
