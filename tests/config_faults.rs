@@ -139,6 +139,8 @@ impl Machine {
     fn command(&self, binary: &Path) -> std::process::Command {
         let mut command = std::process::Command::new(binary);
         command.env_clear().envs(&self.sources.env).env("PATH", "/usr/bin:/bin").current_dir(&self.sources.cwd);
+        // `plan` asks the hub what there is; these tests reach for no network.
+        command.env("HF_HUB_OFFLINE", "1");
         command.arg("plan").arg("--state-dir").arg(self.folder.path().join("state"));
         command.arg("--runtime-dir").arg(self.folder.path().join("run"));
         for file in &self.sources.files {
