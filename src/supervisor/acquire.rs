@@ -49,7 +49,10 @@ pub async fn acquire(
     let mut table = inspect::cached_table(engine, means.folders.inspect_cache());
     if asks && table.is_none() {
         let _ = phase.try_send("asking the installed engine for its flags".into());
-        fetcher::inspect(spawner, current, means.inspect_arguments.clone(), means.own_env.clone()).await?;
+        // The hub's token is for the fetcher alone.
+        let without_token = means.own_env.iter().filter(|(name, _)| !crate::engine::env::is_hub_token(name));
+        let env = without_token.map(|(name, value)| (name.clone(), value.clone())).collect();
+        fetcher::inspect(spawner, current, means.inspect_arguments.clone(), env).await?;
         table = inspect::cached_table(engine, means.folders.inspect_cache());
     }
     let engine_version = table.as_ref().map(|table| table.version.clone());
