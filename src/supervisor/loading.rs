@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
@@ -61,6 +62,9 @@ impl Memory {
         fs::rename(temporary, &self.0)
     }
 }
+
+/// From cold disks imports take up to a minute and a half (measured on two busy cores).
+const LONGEST_IMPORT: Duration = Duration::from_mins(2);
 
 /// Whether something that was said is progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,6 +131,14 @@ impl Loading {
         {
             tracing::debug!("what this start took could not be kept: {error}");
         }
+    }
+
+    /// Whether the engine's processes still import: they say nothing and answer to nothing, not even to
+    /// their parent's death. Silent for very long, it may be an engine whose words are not known.
+    pub fn is_importing(&self) -> bool {
+        self.start
+            .as_ref()
+            .is_some_and(|start| start.progress.stage() <= Stage::Ranks && start.since.elapsed() < LONGEST_IMPORT)
     }
 
     pub fn phase(&self, state: &State) -> String {

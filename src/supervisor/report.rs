@@ -31,6 +31,8 @@ pub struct Facts<'a> {
     pub machine: &'a Machine,
     pub config: &'a Config,
     pub config_files: &'a [PathBuf],
+    /// The engine's processes have not said anything yet (`Loading::is_importing`).
+    pub importing: bool,
     pub phase: &'a str,
     pub percent: Option<f32>,
     pub eta_seconds: Option<u64>,
@@ -50,8 +52,12 @@ pub struct Facts<'a> {
 }
 
 /// The state's name for everybody outside.
-pub fn public_state(machine: &Machine) -> EngineState {
+///
+/// The machine waits in one state from the fork to readiness; people are told apart the part in which the
+/// engine's processes import from the one in which they load.
+fn public_state(machine: &Machine, importing: bool) -> EngineState {
     match &machine.state {
+        State::Loading { .. } if importing => EngineState::Launching,
         State::Fetching => EngineState::Fetching,
         State::Preparing => EngineState::Preparing,
         State::Launching => EngineState::Launching,
@@ -110,7 +116,7 @@ impl Facts<'_> {
         };
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
-            state: public_state(self.machine),
+            state: public_state(self.machine, self.importing),
             phase: self.phase.to_owned(),
             percent: self.percent,
             eta_seconds: self.eta_seconds,
@@ -152,7 +158,7 @@ impl Facts<'_> {
 
     /// What the proxy may say and do.
     pub fn view(&self) -> EngineView {
-        let state = public_state(self.machine);
+        let state = public_state(self.machine, self.importing);
         let will_return = !self.machine.stopping()
             && !matches!(state, EngineState::GaveUp | EngineState::Stopped | EngineState::Unkillable);
         let hold = match (will_return, self.config.limits.hold.is_zero()) {
