@@ -124,7 +124,8 @@ async fn open_stream(daemon: &Daemon, max_tokens: u32) -> reqwest::Response {
 
 async fn streams(daemon: &Daemon) {
     let mut streamed = Streamed::default();
-    streamed.read(&mut open_stream(daemon, 12).await, usize::MAX).await;
+    // The text is noise, and a token without visible text sends no event: many more tokens than events asked.
+    streamed.read(&mut open_stream(daemon, 48).await, usize::MAX).await;
     assert!(streamed.is_done() && !streamed.broken, "{streamed:?}");
     assert!(streamed.events().count() > 10, "{streamed:?}");
 }
@@ -177,8 +178,15 @@ async fn children_import(daemon: &mut Daemon) {
     assert!(daemon.processes_named("sglang::").is_empty(), "too late: a child has its title already");
 }
 
-async fn answers_503_meanwhile(daemon: &Daemon) {
+/// A request over a restart is held for 30 s: it is answered by the next engine if that is up by then, and
+/// told the truth if not. It is never dropped.
+async fn holds_or_tells_meanwhile(daemon: &Daemon) {
     let answer = http().post(daemon.url("/v1/chat/completions")).json(&chat(4)).send().await.unwrap();
+    if answer.status() == 200 {
+        let body: Value = answer.json().await.unwrap();
+        assert!(body.pointer("/choices/0").is_some(), "{body}");
+        return;
+    }
     assert_eq!(answer.status(), 503);
     assert!(answer.headers().contains_key("retry-after"), "{:?}", answer.headers());
     let body: Value = answer.json().await.unwrap();
@@ -260,7 +268,7 @@ async fn it_serves_streams_survives_a_dead_scheduler_and_stops_in_mid_stream() {
         })
         .await;
     let to_notice = killed.elapsed();
-    answers_503_meanwhile(&daemon).await;
+    holds_or_tells_meanwhile(&daemon).await;
     let status = daemon.is_ready(START).await;
     assert_ne!(engine_pid(&status), before);
     assert_eq!(status.pointer("/engine/restarts").and_then(Value::as_u64), Some(1), "{status}");
@@ -438,7 +446,7 @@ async fn tp8_the_shipped_configuration_starts_eight_ranks_and_loses_one() {
         })
         .await;
     let to_notice = killed.elapsed();
-    answers_503_meanwhile(&daemon).await;
+    holds_or_tells_meanwhile(&daemon).await;
 
     let status = daemon.is_ready(START_TP8).await;
     assert_ne!(engine_pid(&status), before);

@@ -200,6 +200,10 @@ pub fn headline(status: &Status) -> String {
     if !status.reason.is_empty() {
         line = format!("{line}: {}", status.reason);
     }
+    if matches!(status.state, EngineState::Ready | EngineState::Busy) {
+        // By now the greeting has scrolled off the screen.
+        line = format!("{line}: {} on http://{}", status.model.name, status.listen.public);
+    }
     line
 }
 
