@@ -13,7 +13,7 @@ client = openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout
 stream = client.chat.completions.create(
     model=model,
     messages=[{"role": "user", "content": "Count to ten."}],
-    max_tokens=int(max_tokens),
+    temperature=0, max_tokens=int(max_tokens),
     stream=True,
     stream_options={"include_usage": True},
 )

@@ -18,7 +18,7 @@ seen = {"refused": 0, "unavailable": 0, "malformed_503": [], "other": []}
 body = {
     "model": model,
     "messages": [{"role": "user", "content": "Are you there?"}],
-    "max_tokens": 16,
+    "temperature": 0, "max_tokens": 16,
     "stream": True,
 }
 
