@@ -16,6 +16,7 @@ mod error;
 mod framing;
 mod headers;
 mod metrics;
+pub mod peek;
 mod routes;
 mod service;
 mod state;
@@ -30,11 +31,11 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-pub use auth::KeysError;
 pub use control::{End, linked};
 pub use state::{Supervision, Timings};
 pub use tap::Patience;
 
+use crate::keys::KeysError;
 use crate::link::{EngineView, ProxySettings, Traffic};
 use state::{Mode, Shared};
 
@@ -42,7 +43,7 @@ use state::{Mode, Shared};
 #[derive(Debug, thiserror::Error)]
 pub enum ProxyError {
     #[error(transparent)]
-    Keys(#[from] KeysError),
+    Keys(#[from] Arc<KeysError>),
     #[error("a worker of the proxy cannot start: {0}")]
     Worker(io::Error),
 }
@@ -77,6 +78,11 @@ impl Proxy {
         let workers = settings.workers;
         self.shared.apply(settings)?;
         self.grow(workers)
+    }
+
+    /// Reads the keys anew if their file has changed; none: it has not. To be called every few seconds.
+    pub fn look_at_keys(&self) -> Option<Result<(), ProxyError>> {
+        self.shared.look_at_keys().map(|outcome| outcome.map_err(ProxyError::from))
     }
 
     fn grow(&mut self, workers: usize) -> Result<(), ProxyError> {
