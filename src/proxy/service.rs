@@ -38,7 +38,8 @@ use crate::link::{EngineView, Gate, Upstream};
 pub struct Peer {
     pub worker: Rc<Worker>,
     pub wire: Rc<Wire>,
-    pub address: IpAddr,
+    /// None: it came over a Unix socket.
+    pub address: Option<IpAddr>,
 }
 
 /// The client is gone: there is nobody to answer.
