@@ -14,6 +14,7 @@ mod line;
 #[cfg(test)]
 mod tests;
 
+use std::fmt::Write as _;
 use std::fs::{File, Metadata};
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
@@ -80,7 +81,7 @@ pub struct Key {
 impl Key {
     /// The first bytes of the hash: enough to tell keys apart, too few to be worth anything.
     pub fn fingerprint(&self) -> String {
-        self.digest[..4].iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&self.digest[..4])
     }
 }
 
@@ -224,5 +225,13 @@ fn read(path: &Path) -> Result<(String, u32), KeysError> {
 /// How a key stands in the file.
 pub fn hashed(key: &str) -> String {
     let digest: [u8; 32] = Sha256::digest(key.as_bytes()).into();
-    digest.iter().fold("sha256:".to_owned(), |text, byte| format!("{text}{byte:02x}"))
+    format!("sha256:{}", hex(&digest))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // Writing into a String does not fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }

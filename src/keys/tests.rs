@@ -1,3 +1,4 @@
+use std::num::NonZeroU32;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
@@ -63,8 +64,6 @@ fn a_line_says_what_its_key_is_granted() {
     assert_eq!(found[2].role, Role::Operator);
     assert_eq!(line::grants(&terms, Role::Client), "concurrency=8 queue=16 priority=high weight=2");
 }
-
-use std::num::NonZeroU32;
 
 #[test]
 fn a_broken_file_is_refused_with_line_column_and_the_way_out() {

@@ -253,7 +253,8 @@ impl Shared {
             target: snapshot.settings.target,
             queue: snapshot.settings.queue,
             workers: workers.len(),
+            keys_stale: usize::from(self.keys_are_stale()),
         };
-        metrics::page(&workers, &gauges)
+        metrics::page(&workers, &gauges, &self.roster.names())
     }
 }

@@ -93,7 +93,7 @@ fn the_end_tells_what_the_prompt_hides() {
         (r#"x"}], "stream": "true"}"#, Stream::Unknown),
         (r#"x, \"stream\": true}"#, Stream::Unknown),
         (r#""stream": true"#, Stream::Unknown),
-        (r#"true}"#, Stream::Unknown),
+        ("true}", Stream::Unknown),
         ("", Stream::Unknown),
     ] {
         assert_eq!(stream_at_end(text.as_bytes()), stream, "{text}");
@@ -134,9 +134,8 @@ proptest! {
         let object: serde_json::Map<String, Value> = members.into_iter().collect();
         let text = Value::Object(object.clone()).to_string();
         let truth = match object.get("stream") {
-            None => Stream::No,
+            None | Some(Value::Bool(false)) => Stream::No,
             Some(Value::Bool(true)) => Stream::Yes,
-            Some(Value::Bool(false)) => Stream::No,
             Some(_) => Stream::Unknown,
         };
         let sampled = object.get("sampling_params").and_then(|params| params.get("n"));
