@@ -150,6 +150,7 @@ fn fetch_view(config: &Config, resolved: &Resolved, own: &env::Env) -> FetchView
     }
 }
 
+#[allow(clippy::needless_pass_by_value)] // every subcommand is given its arguments whole
 pub fn run(args: PlanArgs) -> Exit {
     let color = if std::io::stderr().is_terminal() { Color::Terminal } else { Color::Plain };
     let sources = args.daemon.sources(WhenMissing::BuiltIn);
