@@ -37,7 +37,8 @@ use crate::link::{EngineView, Gate, Upstream};
 pub struct Peer {
     pub worker: Rc<Worker>,
     pub line: Line,
-    pub address: IpAddr,
+    /// None: it came over a Unix socket.
+    pub address: Option<IpAddr>,
 }
 
 /// The client is gone: there is nobody to answer.
