@@ -21,10 +21,11 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::error::last_event;
+use super::line::Line;
 use super::routes::Dialect;
 use super::upstream::decode::{Decoder, Framing};
 use super::upstream::head::Reuse;
-use super::wire::{Wire, poll_read_once, with_buffer};
+use super::wire::{poll_read_once, with_buffer};
 use super::worker::Worker;
 use crate::admission::Ticket;
 
@@ -87,7 +88,7 @@ enum Ending {
 /// The engine's answer.
 pub struct Relay {
     worker: Rc<Worker>,
-    wire: Rc<Wire>,
+    line: Line,
     source: Source,
     /// Given back to the pool, or closed, as soon as nothing more is to be read from it.
     stream: Option<TcpStream>,
@@ -106,11 +107,11 @@ impl fmt::Debug for Relay {
 }
 
 impl Relay {
-    pub fn new(worker: Rc<Worker>, wire: Rc<Wire>, stream: TcpStream, source: Source, ticket: Ticket) -> Self {
+    pub fn new(worker: Rc<Worker>, line: Line, stream: TcpStream, source: Source, ticket: Ticket) -> Self {
         let decoder = Decoder::new(source.framing);
         let mut relay = Self {
             worker,
-            wire,
+            line,
             source,
             stream: Some(stream),
             decoder,
@@ -176,7 +177,7 @@ impl Relay {
             Shape::Stream => last_event(self.source.dialect, &why.to_string()),
             Shape::Whole => Bytes::new(),
         };
-        self.ending = Ending::Saying { since_flush: self.wire.flushes(), why };
+        self.ending = Ending::Saying { since_flush: self.line.flushes(), why };
         if event.is_empty() { Poll::Pending } else { Poll::Ready(Some(Ok(Frame::data(event)))) }
     }
 
@@ -260,7 +261,7 @@ impl Body for Answer {
             Ending::Complete | Ending::Broken => return Poll::Ready(None),
             Ending::Saying { since_flush, .. } => {
                 let since_flush = *since_flush;
-                if relay.wire.poll_flushed(cx, since_flush).is_pending() {
+                if relay.line.poll_flushed(cx, since_flush).is_pending() {
                     let timer = relay.timer.get_or_insert_with(|| Box::pin(sleep_until(Instant::now() + LAST_WORDS)));
                     ready!(timer.as_mut().poll(cx));
                 }
@@ -271,7 +272,7 @@ impl Body for Answer {
             }
             Ending::Open => {}
         }
-        if relay.wire.poll_left(cx).is_ready() {
+        if relay.line.poll_left(cx).is_ready() {
             relay.ending = Ending::Broken;
             relay.ticket = None;
             relay.stream = None;

@@ -15,6 +15,7 @@ mod control;
 mod error;
 mod framing;
 mod headers;
+mod line;
 mod metrics;
 pub mod peek;
 mod routes;

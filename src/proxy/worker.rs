@@ -16,6 +16,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::task::Waker;
 use std::time::Duration;
 
+use http::Request;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use tokio::runtime::{Builder, LocalOptions};
@@ -23,6 +24,7 @@ use tokio::task::{spawn_local, yield_now};
 use tokio::time::{Instant, sleep};
 
 use super::framing::MAX_HEAD;
+use super::line::{Line, Upload};
 use super::metrics::Counters;
 use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
@@ -173,8 +175,9 @@ async fn converse(worker: Rc<Worker>, socket: Socket, address: Option<IpAddr>) {
     let client = Wire::new(Rc::clone(&socket));
     {
         let tap = Tap::new(Rc::clone(&client), worker.shared.timings.client);
-        let peer = Rc::new(Peer { worker: Rc::clone(&worker), wire: Rc::clone(&client), address });
-        let service = service_fn(move |request| service::answer(Rc::clone(&peer), request));
+        let peer = Rc::new(Peer { worker: Rc::clone(&worker), line: Line::Http1(Rc::clone(&client)), address });
+        let service =
+            service_fn(move |request| service::answer(Rc::clone(&peer), Request::map(request, Upload::Http1)));
         let mut connection = pin!(worker.http.serve_connection(tap, service));
         let mut registered = None;
         // Who connects during a drain is answered; only what was open before is let go.
