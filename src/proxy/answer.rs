@@ -248,6 +248,13 @@ impl Relay {
 /// How long the last event may take to reach a slow reader.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
+impl Answer {
+    /// Whether it comes piece by piece, to an end that nobody knows.
+    pub fn is_endless(&self) -> bool {
+        matches!(self, Self::Engine(relay) if relay.source.shape == Shape::Stream)
+    }
+}
+
 impl Body for Answer {
     type Data = Bytes;
     type Error = Interrupted;

@@ -12,6 +12,7 @@
 mod answer;
 mod auth;
 mod control;
+mod direct;
 mod error;
 mod framing;
 #[cfg(fuzzing)]

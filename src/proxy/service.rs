@@ -19,6 +19,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use tokio::time::Instant;
 
 use super::answer::{Answer, Relay, Shape, Source};
+use super::direct::{self, Leave};
 use super::error::Refusal;
 use super::headers::{self, BodyFraming, Credentials, Said};
 use super::line::{Ahead, Line, Upload};
@@ -77,7 +78,10 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
     };
     counters.answered(label, response.status());
     response.headers_mut().insert("x-request-id", id);
-    Ok(response)
+    Ok(match Leave::after(&parts, &response) {
+        Leave::Yes => direct::leave(&peer.line, response).await,
+        Leave::No => response,
+    })
 }
 
 async fn decide(

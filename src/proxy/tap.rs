@@ -114,6 +114,11 @@ impl Tap {
         }
     }
 
+    /// Whether all that was read belongs to requests that are over.
+    pub fn is_between_requests(&self) -> bool {
+        self.checker.between_requests() && self.stopped == Stopped::No
+    }
+
     /// Passes what may pass of `bytes`. Returns how many are dealt with and whether hyper got any.
     fn pass(&mut self, bytes: &[u8], out: &mut ReadBufCursor<'_>) -> (usize, Passed) {
         let mut done = 0;
