@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::{Listener, Proxy, ProxyError, Supervision, Timings};
+use super::{CERTIFICATE_LOOK, Listener, Proxy, ProxyError, Supervision, Timings};
 use crate::link::{Down, LinkError, Traffic, Up, split};
 
 /// How often the facts are looked at; sent when they changed.
@@ -54,6 +54,9 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
     up.send(&hello).await?;
     let mut look = interval(LOOK);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut certificates = interval(CERTIFICATE_LOOK);
+    certificates.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut warned = Vec::new();
     let (mut sent, mut sent_at): (Option<Traffic>, Instant) = (None, Instant::now());
     loop {
         tokio::select! {
@@ -63,6 +66,9 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
                 match message {
                     Down::Settings(settings) => match proxy.settings(settings) {
                         Ok(()) => {}
+                        Err(ProxyError::Tls(error)) => {
+                            tracing::error!("the proxy goes on with what it had: {error}");
+                        }
                         Err(ProxyError::Keys(error)) => up.send(&Up::Refused { reason: error.to_string() }).await?,
                         Err(error) => return Err(error.into()),
                     },
@@ -84,7 +90,12 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
                     Down::Heartbeat => {}
                 }
             }
+            _ = certificates.tick(), if proxy.has_certificate() => proxy.look(),
             _ = look.tick() => {
+                if proxy.warnings() != warned {
+                    warned = proxy.warnings().to_vec();
+                    up.send(&Up::Warnings { warnings: warned.clone() }).await?;
+                }
                 if born.elapsed() >= FIRST_WORD && let Some(listeners) = unheard.take() {
                     proxy.listen(listeners)?;
                 }

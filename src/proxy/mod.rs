@@ -35,16 +35,22 @@ pub use auth::KeysError;
 pub use control::{End, linked};
 pub use state::{Supervision, Timings};
 pub use tap::Patience;
+pub use transport::identity::{Identity, TlsError};
 pub use transport::listener::Listener;
+pub use transport::renewal::LOOK as CERTIFICATE_LOOK;
 
 use crate::link::{EngineView, ProxySettings, Traffic};
+use jiff::Timestamp;
 use state::{Mode, Shared};
+use transport::renewal::Renewal;
 
 /// What keeps a proxy from running.
 #[derive(Debug, thiserror::Error)]
 pub enum ProxyError {
     #[error(transparent)]
     Keys(#[from] KeysError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("a worker of the proxy cannot start: {0}")]
     Worker(io::Error),
 }
@@ -54,13 +60,28 @@ pub enum ProxyError {
 pub struct Proxy {
     shared: Arc<Shared>,
     listeners: Vec<Listener>,
+    renewal: Renewal,
+    told: Told,
     workers: Vec<JoinHandle<io::Result<()>>>,
+}
+
+/// Whether settings ever came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    Nothing,
+    Something,
 }
 
 impl Proxy {
     /// A proxy without listeners: to be told what it should know, and then to [`Self::listen`].
     pub fn new(timings: Timings, supervision: Supervision) -> Self {
-        Self { shared: Shared::new(timings, supervision), listeners: Vec::new(), workers: Vec::new() }
+        Self {
+            shared: Shared::new(timings, supervision),
+            listeners: Vec::new(),
+            renewal: Renewal::default(),
+            told: Told::Nothing,
+            workers: Vec::new(),
+        }
     }
 
     /// Accepts from now on. Before its first settings the proxy has one worker, so that clients are
@@ -77,8 +98,45 @@ impl Proxy {
     /// new proxy: a thread's connections cannot move.
     pub fn settings(&mut self, settings: ProxySettings) -> Result<(), ProxyError> {
         let workers = settings.workers;
-        self.shared.apply(settings)?;
-        self.grow(workers)
+        let now = Timestamp::now();
+        let prepared = self.renewal.prepare(settings.listen.tls.as_ref(), &self.shared.connections, now);
+        let refused = match (prepared, self.told) {
+            (Ok(prepared), _) => {
+                self.shared.apply(settings)?;
+                let identity = self.renewal.adopt(prepared, now);
+                self.shared.identify(identity);
+                None
+            }
+            (Err(error), Told::Something) => return Err(error.into()),
+            // A proxy that takes the place of a dead one has no old certificate; what needs none goes
+            // on, and TLS with the next good one.
+            (Err(error), Told::Nothing) => {
+                self.shared.apply(settings)?;
+                Some(error)
+            }
+        };
+        self.told = Told::Something;
+        self.grow(workers)?;
+        refused.map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// Looks whether the certificate's files have changed; to be called each [`CERTIFICATE_LOOK`].
+    pub fn look(&mut self) {
+        match self.renewal.look(&self.shared.connections, Timestamp::now()) {
+            Some(Ok(identity)) => self.shared.identify(Some(identity)),
+            Some(Err(error)) => tracing::error!("the new certificate is not used, the old one stays: {error}"),
+            None => {}
+        }
+    }
+
+    /// Whether there are files to [`Self::look`] at.
+    pub fn has_certificate(&self) -> bool {
+        self.renewal.is_on()
+    }
+
+    /// What is not as it should be, though the proxy works.
+    pub fn warnings(&self) -> &[String] {
+        self.renewal.warnings()
     }
 
     fn grow(&mut self, workers: usize) -> Result<(), ProxyError> {

@@ -13,8 +13,10 @@ use tokio::time::Instant;
 use super::auth::{Exposure, Keys, KeysError};
 use super::metrics::{self, Counters, Gauges};
 use super::tap::Patience;
+use super::transport::counts::Counts;
+use super::transport::identity::Identity;
 use crate::admission::{Admission, Limits};
-use crate::link::{EngineView, Gate, ProxySettings, Traffic};
+use crate::link::{EngineView, Gate, ListenSettings, ProxySettings, Traffic};
 
 /// Whether requests are admitted, and what becomes of those that were.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +48,8 @@ pub struct Timings {
     pub engine_silence: Duration,
     /// A supervisor that said nothing for this long is stuck: it speaks each second.
     pub supervisor_silence: Duration,
+    /// Handshakes that one worker has under way at most.
+    pub handshakes: usize,
 }
 
 impl Default for Timings {
@@ -54,6 +58,7 @@ impl Default for Timings {
             client: Patience::default(),
             engine_silence: Duration::from_mins(15),
             supervisor_silence: Duration::from_secs(10),
+            handshakes: 512,
         }
     }
 }
@@ -63,6 +68,8 @@ pub struct Snapshot {
     pub settings: ProxySettings,
     /// None: no key is asked for.
     pub keys: Option<Arc<Keys>>,
+    /// None: no certificate is wanted, or none can be used.
+    pub identity: Option<Arc<Identity>>,
     /// None: nothing is known yet.
     pub engine: Option<EngineView>,
     pub mode: Mode,
@@ -73,6 +80,8 @@ pub struct Snapshot {
 pub struct Shared {
     snapshot: watch::Sender<Arc<Snapshot>>,
     pub admission: Admission,
+    /// What happened to connections before HTTP.
+    pub connections: Counts,
     pub timings: Timings,
     pub supervision: Supervision,
     workers: Mutex<Vec<Arc<Counters>>>,
@@ -91,16 +100,18 @@ fn no_settings() -> ProxySettings {
         max_body: u64::MAX, // nothing is read before there is a place
         keys_file: None,
         workers: 1,
+        listen: ListenSettings::default(),
     }
 }
 
 impl Shared {
     pub fn new(timings: Timings, supervision: Supervision) -> Arc<Self> {
         let settings = no_settings();
-        let snapshot = Snapshot { settings, keys: None, engine: None, mode: Mode::Serving };
+        let snapshot = Snapshot { settings, keys: None, identity: None, engine: None, mode: Mode::Serving };
         Arc::new(Self {
             snapshot: watch::Sender::new(Arc::new(snapshot)),
             admission: Admission::new(Limits { max: 0, queue: 0 }, Gate::Closed),
+            connections: Counts::default(),
             timings,
             supervision,
             workers: Mutex::default(),
@@ -140,6 +151,11 @@ impl Shared {
         });
         self.admission.set_limits(limits);
         Ok(())
+    }
+
+    /// Who the server is to TLS clients from now on.
+    pub fn identify(&self, identity: Option<Arc<Identity>>) {
+        self.change(|snapshot| snapshot.identity = identity);
     }
 
     pub fn engine(&self, view: EngineView) {
@@ -212,6 +228,9 @@ impl Shared {
             queue: snapshot.settings.queue,
             workers: workers.len(),
         };
-        metrics::page(&workers, &gauges)
+        let mut page = metrics::page(&workers, &gauges);
+        let not_after = snapshot.identity.as_ref().and_then(|identity| identity.not_after());
+        self.connections.write(not_after.map(jiff::Timestamp::as_second), &mut page);
+        page
     }
 }

@@ -46,6 +46,8 @@ pub struct HalfView {
     pub reports: u64,
     /// What it could not live by at the last reload.
     pub refused: Option<String>,
+    /// What is not as it should be, though it works.
+    pub warnings: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -210,6 +212,7 @@ async fn run(
                         tracing::error!("the proxy goes on with what it had: {reason}");
                         tell.send_modify(|view| view.refused = Some(reason));
                     }
+                    Ok(Some(Up::Warnings { warnings })) => tell.send_modify(|view| view.warnings = warnings),
                     // Its process is at its end; a link that broke without it is ended with it below.
                     Ok(None) | Err(_) => {
                         let _ = crate::sys::proc::signal(&child.pidfd, rustix::process::Signal::KILL);

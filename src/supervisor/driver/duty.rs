@@ -299,6 +299,7 @@ impl Driver {
                 let mut live = old.clone();
                 live.limits = loaded.config.limits.clone();
                 live.auth = loaded.config.auth.clone();
+                live.listen.tls.clone_from(&loaded.config.listen.tls);
                 let waiting = crate::config::needs_restart(&live, &loaded.config);
                 if waiting.is_empty() {
                     tracing::info!("configuration reloaded");
