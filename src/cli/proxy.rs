@@ -128,14 +128,14 @@ impl Signals {
 
 /// Serves until SIGTERM or SIGINT, then drains within `grace`; a second signal ends at once.
 async fn until_stopped(proxy: &mut Proxy, mut signals: Signals, grace: Duration, config: &super::ConfigArgs) {
-    let mut certificates = interval(CERTIFICATE_LOOK);
-    certificates.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut files = interval(CERTIFICATE_LOOK);
+    files.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             _ = signals.terminate.recv() => break,
             _ = signals.interrupt.recv() => break,
             _ = signals.hangup.recv() => reload(proxy, config),
-            _ = certificates.tick(), if proxy.has_certificate() => proxy.look(),
+            _ = files.tick(), if proxy.has_files() => look_at_files(proxy),
         }
     }
     tracing::info!("draining");
@@ -150,6 +150,15 @@ async fn until_stopped(proxy: &mut Proxy, mut signals: Signals, grace: Duration,
             sleep(Duration::from_millis(20)).await;
         }
         () = signals.stop() => {}
+    }
+}
+
+fn look_at_files(proxy: &mut Proxy) {
+    proxy.look_at_certificate();
+    match proxy.look_at_keys() {
+        None => {}
+        Some(Ok(())) => tracing::info!("the keys were read again"),
+        Some(Err(error)) => tracing::error!("the new keys are not used, the old ones stay: {error}"),
     }
 }
 

@@ -17,6 +17,7 @@ mod framing;
 mod headers;
 mod line;
 mod metrics;
+pub mod peek;
 mod routes;
 mod service;
 mod state;
@@ -31,7 +32,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-pub use auth::KeysError;
 pub use control::{End, linked};
 pub use state::{Supervision, Timings};
 pub use tap::Patience;
@@ -39,6 +39,7 @@ pub use transport::identity::{Identity, TlsError};
 pub use transport::listener::Listener;
 pub use transport::renewal::LOOK as CERTIFICATE_LOOK;
 
+use crate::keys::KeysError;
 use crate::link::{EngineView, ProxySettings, Traffic};
 use jiff::Timestamp;
 use state::{Mode, Shared};
@@ -48,9 +49,7 @@ use transport::renewal::Renewal;
 #[derive(Debug, thiserror::Error)]
 pub enum ProxyError {
     #[error(transparent)]
-    Keys(#[from] KeysError),
-    #[error(transparent)]
-    Tls(#[from] TlsError),
+    Keys(#[from] Arc<KeysError>),
     #[error("a worker of the proxy cannot start: {0}")]
     Worker(io::Error),
 }
@@ -61,15 +60,7 @@ pub struct Proxy {
     shared: Arc<Shared>,
     listeners: Vec<Listener>,
     renewal: Renewal,
-    told: Told,
     workers: Vec<JoinHandle<io::Result<()>>>,
-}
-
-/// Whether settings ever came.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Told {
-    Nothing,
-    Something,
 }
 
 impl Proxy {
@@ -79,7 +70,6 @@ impl Proxy {
             shared: Shared::new(timings, supervision),
             listeners: Vec::new(),
             renewal: Renewal::default(),
-            told: Told::Nothing,
             workers: Vec::new(),
         }
     }
@@ -98,30 +88,18 @@ impl Proxy {
     /// new proxy: a thread's connections cannot move.
     pub fn settings(&mut self, settings: ProxySettings) -> Result<(), ProxyError> {
         let workers = settings.workers;
-        let now = Timestamp::now();
-        let prepared = self.renewal.prepare(settings.listen.tls.as_ref(), &self.shared.connections, now);
-        let refused = match (prepared, self.told) {
-            (Ok(prepared), _) => {
-                self.shared.apply(settings)?;
-                let identity = self.renewal.adopt(prepared, now);
-                self.shared.identify(identity);
-                None
-            }
-            (Err(error), Told::Something) => return Err(error.into()),
-            // A proxy that takes the place of a dead one has no old certificate; what needs none goes
-            // on, and TLS with the next good one.
-            (Err(error), Told::Nothing) => {
-                self.shared.apply(settings)?;
-                Some(error)
-            }
-        };
-        self.told = Told::Something;
-        self.grow(workers)?;
-        refused.map_or(Ok(()), |error| Err(error.into()))
+        let read = self.renewal.use_files(settings.listen.tls.as_ref(), &self.shared.connections, Timestamp::now());
+        if let Err(error) = read {
+            // No reason to refuse the rest: TLS goes on with the old one, or with the next good one.
+            tracing::error!("the certificate's files are not used: {error}");
+        }
+        self.shared.identify(self.renewal.current());
+        self.shared.apply(settings)?;
+        self.grow(workers)
     }
 
-    /// Looks whether the certificate's files have changed; to be called each [`CERTIFICATE_LOOK`].
-    pub fn look(&mut self) {
+    /// Reads the certificate anew if its files have changed; to be called each [`CERTIFICATE_LOOK`].
+    pub fn look_at_certificate(&mut self) {
         match self.renewal.look(&self.shared.connections, Timestamp::now()) {
             Some(Ok(identity)) => self.shared.identify(Some(identity)),
             Some(Err(error)) => tracing::error!("the new certificate is not used, the old one stays: {error}"),
@@ -129,14 +107,19 @@ impl Proxy {
         }
     }
 
-    /// Whether there are files to [`Self::look`] at.
-    pub fn has_certificate(&self) -> bool {
-        self.renewal.is_on()
+    /// Whether there are files to look at.
+    pub fn has_files(&self) -> bool {
+        self.renewal.is_on() || self.shared.snapshot().settings.keys_file.is_some()
     }
 
     /// What is not as it should be, though the proxy works.
     pub fn warnings(&self) -> &[String] {
         self.renewal.warnings()
+    }
+
+    /// Reads the keys anew if their file has changed; none: it has not. To be called every few seconds.
+    pub fn look_at_keys(&self) -> Option<Result<(), ProxyError>> {
+        self.shared.look_at_keys().map(|outcome| outcome.map_err(ProxyError::from))
     }
 
     fn grow(&mut self, workers: usize) -> Result<(), ProxyError> {

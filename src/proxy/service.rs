@@ -30,7 +30,7 @@ use super::upstream::exchange::{Answered, BodyFault, Failure, Outgoing, Sent, ex
 use super::upstream::head::Reuse;
 use super::wire::Scheme;
 use super::worker::Worker;
-use crate::admission::{Refused, Ticket};
+use crate::admission::{Caller, Refused, Ticket};
 use crate::link::{EngineView, Gate, Upstream};
 
 /// Who asks, and over what.
@@ -111,11 +111,11 @@ async fn decide(
         return Err(Refusal::wrong_method(route.methods).into());
     }
     let snapshot = peer.worker.shared.snapshot();
-    if let Some(keys) = &snapshot.keys
-        && keys.check(&parts.headers).is_none()
-    {
-        return Err(Refusal::unauthorized().into());
-    }
+    let caller = match &snapshot.keys {
+        None => Caller::ANYBODY,
+        Some(keys) => keys.caller(&parts.headers).ok_or_else(Refusal::unauthorized)?,
+    };
+    *label = label.of(caller.key);
     let framing = body_framing(&parts.headers, &body);
     if let BodyFraming::Length(length) = framing
         && length > snapshot.settings.max_body
@@ -124,6 +124,10 @@ async fn decide(
     }
     let patience = peer.worker.shared.timings.client.body;
     let mut outgoing = Outgoing::new(body, framing, snapshot.settings.max_body, patience);
+    // Who asks before it sends its body is told to go on only once there is a place.
+    if !parts.headers.contains_key(EXPECT) {
+        outgoing.look().await.map_err(|fault| explain(peer, &snapshot, fault.into()))?;
+    }
     let (ticket, snapshot) = admit(peer, parts, snapshot, &mut outgoing).await?;
     let Some(upstream) = snapshot.engine.as_ref().and_then(|engine| engine.upstream.clone()) else {
         ticket.was_not_served();

@@ -30,7 +30,6 @@ use super::state::{Mode, Shared, Snapshot};
 use super::tap::Tap;
 use super::transport::arrival::{Arrived, Greeting, Handshakes, TlsIs};
 use super::transport::listener::{Accepting, Listener};
-use super::transport::seldom::Seldom;
 use super::transport::socket::Socket;
 use super::upstream::Pool;
 use super::wire::Wire;
@@ -48,7 +47,6 @@ pub struct Worker {
     /// What TCP connections begin with.
     greeting: RefCell<Greeting>,
     handshakes: Handshakes,
-    tls_to_plain: Seldom,
     mode: RefCell<Mode>,
     /// The tasks to wake when the mode changes, so that no connection has to watch for it.
     connections: RefCell<HashMap<u64, Waker>>,
@@ -75,7 +73,6 @@ impl Worker {
             http,
             greeting: RefCell::new(Greeting::None),
             handshakes: Handshakes::default(),
-            tls_to_plain: Seldom::default(),
             mode: RefCell::new(Mode::Serving),
             connections: RefCell::default(),
             next: Cell::new(0),
@@ -230,10 +227,7 @@ async fn converse(worker: Rc<Worker>, arrived: Arrived) {
         }
     }
     if let Some(why) = client.turned() {
-        worker.shared.connections.turn_away(why);
-        worker.tls_to_plain.say(|more| {
-            tracing::warn!(client = ?address, more, "a client speaks TLS to the plain port: it needs http://");
-        });
+        worker.shared.connections.turn_away(why, address);
     }
     if !client.has_ended() {
         client.close().await;

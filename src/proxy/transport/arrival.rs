@@ -19,7 +19,6 @@ use tokio::time::timeout;
 
 use super::counts::Turned;
 use super::identity::Identity;
-use super::seldom::Seldom;
 use super::socket::Socket;
 use super::tls::Tls;
 use crate::proxy::state::Shared;
@@ -64,8 +63,6 @@ pub struct Arrived {
 pub struct Handshakes {
     next: Cell<u64>,
     open: RefCell<BTreeMap<u64, Rc<Notify>>>,
-    plain_to_tls: Seldom,
-    no_certificate: Seldom,
 }
 
 /// One handshake's entry, for as long as it lasts.
@@ -128,26 +125,12 @@ impl Handshakes {
                 Turned::HandshakeFailed
             }
         };
-        shared.connections.turn_away(why);
-        self.explain(why, address);
+        shared.connections.turn_away(why, address);
         if why == Turned::PlainToTls {
             answer_in_clear(&socket).await;
             wire::close(socket).await;
         }
         None
-    }
-
-    /// What an operator must see; a client can repeat it at will, so it is not said each time.
-    fn explain(&self, why: Turned, client: Option<IpAddr>) {
-        match why {
-            Turned::PlainToTls => self.plain_to_tls.say(|more| {
-                tracing::warn!(?client, more, "a client speaks plain HTTP to the TLS port: it needs https://");
-            }),
-            Turned::NoCertificate => self.no_certificate.say(|more| {
-                tracing::error!(?client, more, "no certificate can be used: TLS connections are closed");
-            }),
-            why => tracing::debug!(?client, ?why, "a connection ended before HTTP"),
-        }
     }
 }
 

@@ -1,7 +1,10 @@
 //! Counts of what happens to connections before HTTP: rare enough to be shared by all workers.
 
 use std::fmt::Write as _;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use super::seldom::Seldom;
 
 /// Why a connection ended before a request of it was looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +23,19 @@ pub enum Turned {
     NoCertificate,
 }
 
+impl Turned {
+    /// What an operator must see; none: it happens, and the count is enough.
+    fn complaint(self) -> Option<&'static str> {
+        match self {
+            Self::PlainToTls => Some("a client speaks plain HTTP to the TLS port: it needs https://"),
+            Self::TlsToPlain => Some("a client speaks TLS to the plain port: it needs http://"),
+            Self::NoCertificate => Some("there is no certificate that can be used: TLS connections are closed"),
+            Self::HandshakeCrowded => Some("too many TLS handshakes at once: the oldest are closed"),
+            Self::HandshakeSlow | Self::HandshakeFailed => None,
+        }
+    }
+}
+
 const TURNED: [(Turned, &str); 6] = [
     (Turned::HandshakeSlow, "handshake_timeout"),
     (Turned::HandshakeFailed, "handshake_failed"),
@@ -31,15 +47,21 @@ const TURNED: [(Turned, &str); 6] = [
 
 #[derive(Debug, Default)]
 pub struct Counts {
-    turned: [AtomicU64; TURNED.len()],
+    turned: [(AtomicU64, Seldom); TURNED.len()],
     pub handshakes: AtomicU64,
     pub certificates_read: AtomicU64,
     pub certificates_refused: AtomicU64,
 }
 
 impl Counts {
-    pub fn turn_away(&self, why: Turned) {
-        self.turned[why as usize].fetch_add(1, Relaxed);
+    pub fn turn_away(&self, why: Turned, client: Option<IpAddr>) {
+        let (count, seldom) = &self.turned[why as usize];
+        count.fetch_add(1, Relaxed);
+        if let Some(text) = why.complaint() {
+            seldom.say(|more| tracing::warn!(?client, more, "{text}"));
+        } else {
+            tracing::debug!(?client, ?why, "a connection ended before HTTP");
+        }
     }
 
     /// Lines for the metrics page, in Prometheus' text format.
@@ -51,7 +73,7 @@ impl Counts {
         out.push_str(&begin(name, "counter", "Connections ended before their first request, by reason."));
         for (why, label) in TURNED {
             // Writing into a String does not fail.
-            let _ = writeln!(out, "sglangd_{name}{{reason=\"{label}\"}} {}", self.turned[why as usize].load(Relaxed));
+            let _ = writeln!(out, "sglangd_{name}{{reason=\"{label}\"}} {}", self.turned[why as usize].0.load(Relaxed));
         }
         let name = "tls_handshakes_total";
         out.push_str(&begin(name, "counter", "TLS handshakes that came to their end."));
@@ -79,7 +101,7 @@ mod tests {
         for (at, (why, _)) in TURNED.into_iter().enumerate() {
             assert_eq!(why as usize, at, "the table is in the order of the variants");
         }
-        counts.turn_away(Turned::PlainToTls);
+        counts.turn_away(Turned::PlainToTls, None);
         let mut page = String::new();
         counts.write(Some(7), &mut page);
         assert!(page.contains("sglangd_connections_turned_away_total{reason=\"plain_to_tls\"} 1\n"), "{page}");

@@ -174,7 +174,7 @@ fn read(what: Kind, path: &Path) -> Result<(Vec<u8>, u32), TlsError> {
 
 fn chain(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-    let chain = chain.map_err(|error| malformed(Kind::Certificate, path, error))?;
+    let chain = chain.map_err(|error| malformed(Kind::Certificate, path, &error))?;
     if chain.is_empty() {
         let missing = "no certificate (no `-----BEGIN CERTIFICATE-----`)";
         return Err(TlsError::Empty { what: Kind::Certificate, path: path.to_owned(), missing });
@@ -193,12 +193,12 @@ fn private_key(path: &Path, pem: &[u8]) -> Result<PrivateKeyDer<'static>, TlsErr
             };
             TlsError::Empty { what: Kind::Key, path: path.to_owned(), missing }
         }
-        error => malformed(Kind::Key, path, error),
+        error => malformed(Kind::Key, path, &error),
     })
 }
 
 /// Without a byte of what the file holds: it may be a key.
-fn malformed(what: Kind, path: &Path, error: PemError) -> TlsError {
+fn malformed(what: Kind, path: &Path, error: &PemError) -> TlsError {
     let why = match error {
         PemError::MissingSectionEnd { .. } => "it stops in the middle (no `-----END …-----` line)",
         PemError::IllegalSectionStart { .. } => "a `-----BEGIN` line is broken",

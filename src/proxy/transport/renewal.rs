@@ -51,10 +51,6 @@ pub struct Renewal {
     warnings: Vec<String>,
 }
 
-/// Good files, read but not in use.
-#[derive(Debug)]
-pub struct Prepared(Option<(TlsFiles, Marks, Arc<Identity>)>);
-
 /// What a reading came to.
 pub type Read = Result<Arc<Identity>, TlsError>;
 
@@ -64,31 +60,21 @@ impl Renewal {
         self.files.is_some()
     }
 
-    /// Reads these files, to be used with [`Self::adopt`]; none: no TLS. Where they are bad nothing
-    /// changes, but for a proxy that has no certificate yet: it goes on looking for better ones.
-    pub fn prepare(&mut self, files: Option<&TlsFiles>, counts: &Counts, now: Timestamp) -> Result<Prepared, TlsError> {
-        let Some(files) = files else { return Ok(Prepared(None)) };
-        let marks = marks(files);
-        let read = self.read(files, counts, now);
-        if read.is_err() && self.current.is_none() {
-            self.files = Some(files.clone());
-        }
-        if self.files.as_ref() == Some(files) {
-            self.judged = Some(marks);
-        }
-        Ok(Prepared(Some((files.clone(), marks, read?))))
+    pub fn current(&self) -> Option<Arc<Identity>> {
+        self.current.clone()
     }
 
-    /// Uses what was read from now on.
-    pub fn adopt(&mut self, prepared: Prepared, now: Timestamp) -> Option<Arc<Identity>> {
-        match prepared.0 {
-            None => *self = Self::default(),
-            Some((files, marks, identity)) => {
-                (self.files, self.judged) = (Some(files), Some(marks));
-                self.begin(identity, now);
-            }
-        }
-        self.current.clone()
+    /// Uses these files from now on; none: no TLS. Where they are bad the old certificate stays until
+    /// they are better.
+    pub fn use_files(&mut self, files: Option<&TlsFiles>, counts: &Counts, now: Timestamp) -> Result<(), TlsError> {
+        let Some(files) = files else {
+            *self = Self::default();
+            return Ok(());
+        };
+        (self.files, self.judged) = (Some(files.clone()), Some(marks(files)));
+        let identity = self.read(files, counts, now)?;
+        self.begin(identity, now);
+        Ok(())
     }
 
     /// What is not as it should be, though TLS works.
@@ -145,7 +131,9 @@ impl Renewal {
         let warnings = self.current.as_ref().map(|identity| identity.warnings(now)).unwrap_or_default();
         let said = self.said.as_ref().filter(|(at, said)| *said == warnings && now.duration_since(*at) < AGAIN);
         if said.is_none() {
-            warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+            for warning in &warnings {
+                tracing::warn!("{warning}");
+            }
             self.said = Some((now, warnings));
         }
         self.warnings.clear();

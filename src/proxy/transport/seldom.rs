@@ -1,6 +1,6 @@
-//! A log line that others can cause at will, said at most each [`PAUSE`].
+//! A log line that clients can cause at will, said at most each [`PAUSE`].
 
-use std::cell::Cell;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -9,21 +9,27 @@ use tokio::time::Instant;
 const PAUSE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default)]
-pub struct Seldom {
-    said: Cell<Option<Instant>>,
-    unsaid: Cell<u64>,
+pub struct Seldom(Mutex<Said>);
+
+#[derive(Debug, Default)]
+struct Said {
+    last: Option<Instant>,
+    unsaid: u64,
 }
 
 impl Seldom {
     /// Says it, with how many were left unsaid since the last time; or leaves it.
     pub fn say(&self, line: impl FnOnce(u64)) {
         let now = Instant::now();
-        if self.said.get().is_some_and(|at| now.duration_since(at) < PAUSE) {
-            self.unsaid.set(self.unsaid.get() + 1);
+        let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if said.last.is_some_and(|at| now.duration_since(at) < PAUSE) {
+            said.unsaid += 1;
             return;
         }
-        self.said.set(Some(now));
-        line(self.unsaid.replace(0));
+        said.last = Some(now);
+        let unsaid = std::mem::take(&mut said.unsaid);
+        drop(said);
+        line(unsaid);
     }
 }
 
@@ -33,15 +39,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_flood_is_one_line_and_its_number() {
-        let (seldom, said) = (Seldom::default(), Cell::new(Vec::new()));
-        let note = |more| {
-            let mut lines = said.take();
-            lines.push(more);
-            said.set(lines);
-        };
-        (0..5).for_each(|_| seldom.say(note));
+        let seldom = Seldom::default();
+        let mut said = Vec::new();
+        (0..5).for_each(|_| seldom.say(|more| said.push(more)));
         tokio::time::advance(PAUSE).await;
-        (0..2).for_each(|_| seldom.say(note));
-        assert_eq!(said.take(), [0, 4]);
+        (0..2).for_each(|_| seldom.say(|more| said.push(more)));
+        assert_eq!(said, [0, 4]);
     }
 }
