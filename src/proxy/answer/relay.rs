@@ -1,0 +1,299 @@
+//! The engine's answer, byte for byte as it comes.
+//!
+//! It keeps the clock of an engine that is silent in mid-answer, and uses it to say keep-alive
+//! comments between two events. It does not say how an answer ends that is not whole.
+
+use std::fmt;
+use std::future::Future as _;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::SizeHint;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::{Interrupted, Next};
+use crate::admission::Ticket;
+use crate::proxy::call::Call;
+use crate::proxy::error::{keep_alive, last_event};
+use crate::proxy::sse::Scanner;
+use crate::proxy::upstream::decode::{Decoder, Framing};
+use crate::proxy::upstream::head::Reuse;
+use crate::proxy::wire::{poll_read_once, with_buffer};
+
+/// After `data: [DONE]` nothing is owed; an engine that keeps the socket open longer than this keeps
+/// no place.
+const DONE_IDLE: Duration = Duration::from_secs(1);
+
+/// How the answer is read by its client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    /// Events or lines, one by one, where one of our own may stand between them.
+    Stream,
+    Whole,
+}
+
+/// What a relay is made of.
+#[derive(Debug)]
+pub struct Source {
+    pub stream: TcpStream,
+    pub engine: SocketAddr,
+    pub framing: Framing,
+    pub reuse: Reuse,
+    pub rest: Vec<u8>,
+    pub shape: Shape,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Course {
+    /// Bytes come, or will.
+    Open,
+    /// All was passed on.
+    Complete,
+    Broken,
+}
+
+pub struct Relay {
+    call: Rc<Call>,
+    /// Given back to the pool, or closed, as soon as nothing more is to be read from it.
+    stream: Option<TcpStream>,
+    engine: SocketAddr,
+    framing: Framing,
+    reuse: Reuse,
+    rest: Vec<u8>,
+    shape: Shape,
+    decoder: Decoder,
+    ticket: Option<Ticket>,
+    course: Course,
+    scanner: Scanner,
+    /// When the engine last said something.
+    heard: Instant,
+    /// When the client was last told something.
+    said: Instant,
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl fmt::Debug for Relay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Relay").field("framing", &self.framing).field("shape", &self.shape).finish_non_exhaustive()
+    }
+}
+
+/// What a silence has come to.
+enum Silence {
+    /// The client should be told that it is still there.
+    Long,
+    TooLong,
+}
+
+impl Relay {
+    pub fn new(call: Rc<Call>, source: Source, ticket: Ticket) -> Self {
+        let Source { stream, engine, framing, reuse, rest, shape } = source;
+        let now = Instant::now();
+        call.begin();
+        let mut relay = Self {
+            call,
+            stream: Some(stream),
+            engine,
+            framing,
+            reuse,
+            rest,
+            shape,
+            decoder: Decoder::new(framing),
+            ticket: Some(ticket),
+            course: Course::Open,
+            scanner: Scanner::default(),
+            heard: now,
+            said: now,
+            timer: None,
+        };
+        if relay.decoder.is_done() {
+            relay.complete();
+        }
+        relay
+    }
+
+    pub fn call(&self) -> &Rc<Call> {
+        &self.call
+    }
+
+    pub fn is_complete(&self) -> bool {
+        self.course == Course::Complete && self.rest.is_empty()
+    }
+
+    pub fn size_hint(&self) -> SizeHint {
+        match self.framing {
+            Framing::Length(length) => SizeHint::with_exact(length),
+            Framing::Chunked | Framing::Close => SizeHint::default(),
+        }
+    }
+
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
+        if self.course != Course::Open && self.rest.is_empty() {
+            return Poll::Ready(Next::End);
+        }
+        if self.call.wire().poll_left(cx).is_ready() {
+            self.give_up();
+            self.call.worker().counters.client_aborts.fetch_add(1, Relaxed);
+            return Poll::Ready(Next::Left);
+        }
+        match self.call.worker().cut() {
+            Some(reason) => Poll::Ready(self.break_off(Interrupted::Cut(reason))),
+            None => self.poll_data(cx),
+        }
+    }
+
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
+        if !self.rest.is_empty() {
+            let mut rest = std::mem::take(&mut self.rest);
+            match self.take(&mut rest) {
+                Ok(Some(bytes)) => return Poll::Ready(Next::Bytes(bytes)),
+                Ok(None) => {}
+                Err(why) => return Poll::Ready(self.break_off(why)),
+            }
+        }
+        loop {
+            if self.stream.is_none() {
+                return Poll::Ready(Next::End);
+            }
+            let read = with_buffer(|buffer| {
+                let Some(stream) = &self.stream else { return Poll::Pending };
+                Poll::Ready(match ready!(poll_read_once(stream, cx, buffer)) {
+                    Ok(0) => Ok(None),
+                    Ok(read) => self.take(&mut buffer[..read]).map(Some),
+                    Err(error) => Err(Interrupted::Engine(error)),
+                })
+            });
+            match read {
+                Poll::Ready(Ok(Some(Some(bytes)))) => return Poll::Ready(Next::Bytes(bytes)),
+                Poll::Ready(Ok(Some(None))) => {}
+                Poll::Ready(Ok(None)) if self.decoder.ends_with_connection() => {
+                    self.reuse = Reuse::No;
+                    self.complete();
+                }
+                Poll::Ready(Ok(None)) => {
+                    let why = Interrupted::Engine(io::ErrorKind::UnexpectedEof.into());
+                    return Poll::Ready(self.break_off(why));
+                }
+                Poll::Ready(Err(why)) => return Poll::Ready(self.break_off(why)),
+                Poll::Pending => match ready!(self.poll_silence(cx)) {
+                    Silence::Long => {
+                        self.said = Instant::now();
+                        return Poll::Ready(Next::Bytes(keep_alive(self.call.route.dialect)));
+                    }
+                    Silence::TooLong if self.scanner.is_done() => {
+                        self.reuse = Reuse::No;
+                        self.complete();
+                    }
+                    Silence::TooLong => {
+                        let why = Interrupted::Engine(io::ErrorKind::TimedOut.into());
+                        return Poll::Ready(self.break_off(why));
+                    }
+                },
+            }
+        }
+    }
+
+    /// Bytes of a body, still framed, in `buffer`.
+    fn take(&mut self, buffer: &mut [u8]) -> Result<Option<Bytes>, Interrupted> {
+        let decoded = self
+            .decoder
+            .decode(buffer)
+            .map_err(|malformed| Interrupted::Engine(io::Error::new(io::ErrorKind::InvalidData, malformed)))?;
+        if decoded.surplus > 0 {
+            self.reuse = Reuse::No;
+        }
+        let payload = &buffer[..decoded.payload];
+        if self.shape == Shape::Stream {
+            self.scanner.scan(payload);
+        }
+        let worker = self.call.worker();
+        worker.counters.bytes_out.fetch_add(payload.len() as u64, Relaxed);
+        self.heard = Instant::now();
+        worker.counters.last_byte.store(worker.stamp(self.heard), Relaxed);
+        let bytes = (!payload.is_empty()).then(|| Bytes::copy_from_slice(payload));
+        if self.decoder.is_done() {
+            self.complete();
+        }
+        Ok(bytes)
+    }
+
+    /// The answer is whole: its place and its connection are free before the client has read it.
+    fn complete(&mut self) {
+        self.course = Course::Complete;
+        let worker = self.call.worker();
+        worker.counters.served.fetch_add(1, Relaxed);
+        self.ticket = None;
+        if let Some(stream) = self.stream.take()
+            && self.reuse == Reuse::Yes
+        {
+            worker.pool.keep(stream, self.engine);
+        }
+    }
+
+    /// Closes the engine's connection, which ends its work, and frees the place.
+    fn give_up(&mut self) {
+        self.course = Course::Broken;
+        self.ticket = None;
+        self.stream = None;
+    }
+
+    /// What to do with an answer that will not be whole.
+    fn break_off(&mut self, why: Interrupted) -> Next {
+        self.give_up();
+        let counters = &self.call.worker().counters;
+        counters.interrupted.fetch_add(1, Relaxed);
+        if matches!(why, Interrupted::Engine(_)) {
+            counters.upstream_errors.fetch_add(1, Relaxed);
+        }
+        let event = match self.shape {
+            Shape::Stream => last_event(self.call.route.dialect, &why.to_string()),
+            Shape::Whole => Bytes::new(),
+        };
+        Next::Breaks(event, why)
+    }
+
+    /// Ready when the engine has been silent for long. The timer is not moved for each event: it
+    /// looks, when it fires, at when the last one came.
+    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<Silence> {
+        let worker = Rc::clone(self.call.worker());
+        let limit = if self.scanner.is_done() { DONE_IDLE } else { worker.engine_silence };
+        loop {
+            let end = self.heard + limit;
+            // Between two events only, and never behind the last one.
+            let comforts = self.shape == Shape::Stream
+                && self.call.route.dialect.has_keep_alive()
+                && self.scanner.is_between_events()
+                && !self.scanner.is_done();
+            let comfort = comforts.then(|| self.heard.max(self.said) + worker.shared.timings.keep_alive);
+            let next = comfort.map_or(end, |comfort| comfort.min(end));
+            let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(next)));
+            if timer.deadline() > next {
+                timer.as_mut().reset(next);
+            }
+            ready!(timer.as_mut().poll(cx));
+            let now = Instant::now();
+            if now >= end {
+                return Poll::Ready(Silence::TooLong);
+            }
+            if comfort.is_some_and(|comfort| now >= comfort) {
+                return Poll::Ready(Silence::Long);
+            }
+            timer.as_mut().reset(next);
+        }
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        if self.course == Course::Open {
+            self.call.worker().counters.client_aborts.fetch_add(1, Relaxed);
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! One request on its way: who asks, for what and since when. Shared by its service and its answer.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use tokio::time::Instant;
+
+use super::routes::Route;
+use super::service::Peer;
+use super::wire::Wire;
+use super::worker::Worker;
+
+/// Whether the client asks for a stream, as far as its body tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asks {
+    /// Not seen, or not to be told.
+    Unknown,
+    Stream,
+    Whole,
+}
+
+#[derive(Debug)]
+pub struct Call {
+    pub peer: Rc<Peer>,
+    pub route: &'static Route,
+    pub arrived: Instant,
+    pub asks: Cell<Asks>,
+    course: Cell<Course>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Course {
+    Asked,
+    /// Its answer has begun, and is counted as open until all parts of it are gone.
+    Answered,
+}
+
+impl Call {
+    pub fn new(peer: Rc<Peer>, route: &'static Route, arrived: Instant) -> Rc<Self> {
+        Rc::new(Self { peer, route, arrived, asks: Cell::new(Asks::Unknown), course: Cell::new(Course::Asked) })
+    }
+
+    pub fn worker(&self) -> &Rc<Worker> {
+        &self.peer.worker
+    }
+
+    pub fn wire(&self) -> &Wire {
+        &self.peer.wire
+    }
+
+    /// Its answer begins.
+    pub fn begin(&self) {
+        if self.course.replace(Course::Answered) == Course::Asked {
+            self.worker().counters.open_answers.fetch_add(1, Relaxed);
+        }
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        if self.course.get() == Course::Answered {
+            self.worker().counters.open_answers.fetch_sub(1, Relaxed);
+        }
+    }
+}
