@@ -298,7 +298,7 @@ fn a_proxy_whose_supervisor_is_silent_is_not_live() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap();
     let mut proxy = Proxy::new(timings, Supervision::Linked);
-    proxy.listen(vec![listener]).unwrap();
+    proxy.listen(vec![listener.into()]).unwrap();
     eventually("silence is seen", || Client::ask(addr, get("/live")).status == 503);
     proxy.hear();
     assert_eq!(Client::ask(addr, get("/live")).status, 200);
@@ -397,7 +397,7 @@ fn a_linked_proxy_says_hello_reports_traffic_and_ends_with_the_link() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap();
     let (ours, theirs) = pair().unwrap();
-    let proxy = std::thread::spawn(move || linked(vec![listener], theirs));
+    let proxy = std::thread::spawn(move || linked(vec![listener.into()], theirs));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let (mut up, mut down) = split(ours).unwrap();

@@ -14,7 +14,7 @@ use tokio::time::{sleep, timeout};
 use super::exit::Exit;
 use crate::config::{Color, LogFormat, Needs, Sources, WhenMissing, load};
 use crate::link::{EngineState, EngineView, ProxySettings, Upstream};
-use crate::proxy::{Proxy, Supervision, Timings, linked};
+use crate::proxy::{Listener, Proxy, Supervision, Timings, linked};
 use crate::sys::{fd, seccomp};
 
 #[derive(Debug, Args)]
@@ -64,7 +64,7 @@ pub fn run(args: ProxyArgs) -> Exit {
 struct Wrong(Exit, String);
 
 fn run_linked(link: RawFd, listeners: &[RawFd]) -> anyhow::Result<Exit> {
-    let listeners = listeners.iter().map(|&number| fd::take(number).map(TcpListener::from));
+    let listeners = listeners.iter().map(|&number| fd::take(number).and_then(Listener::from_descriptor));
     let listeners = listeners.collect::<Result<Vec<_>, _>>().context("an inherited listener")?;
     let link = UnixStream::from(fd::take(link).context("the inherited link")?);
     if let Err(error) = seccomp::forbid_exec() {
@@ -89,7 +89,7 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let mut proxy = Proxy::new(Timings::default(), Supervision::Alone);
     proxy.settings(settings).map_err(|error| Wrong(Exit::Config, error.to_string()))?;
     proxy.engine(EngineView { hold_ms: hold.as_millis() as u64, ..ready(upstream) });
-    proxy.listen(vec![listener])?;
+    proxy.listen(vec![listener.into()])?;
     if unguarded {
         tracing::warn!(%address, "everybody who reaches this address may use the engine: set auth.keys_file");
     }

@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use tokio::time::Instant;
 
+use super::line::Line;
 use super::routes::Route;
 use super::service::Peer;
-use super::wire::Wire;
 use super::worker::Worker;
 
 /// Whether the client asks for a stream, as far as its body tells.
@@ -45,8 +45,8 @@ impl Call {
         &self.peer.worker
     }
 
-    pub fn wire(&self) -> &Wire {
-        &self.peer.wire
+    pub fn line(&self) -> &Line {
+        &self.peer.line
     }
 
     /// Its answer begins.

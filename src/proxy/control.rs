@@ -4,13 +4,12 @@
 //! bind. It judges nothing.
 
 use std::io;
-use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::{Proxy, ProxyError, Supervision, Timings};
+use super::{Listener, Proxy, ProxyError, Supervision, Timings};
 use crate::link::{Down, LinkError, Traffic, Up, split};
 
 /// How often the facts are looked at; sent when they changed.
@@ -32,7 +31,7 @@ pub enum End {
 }
 
 /// The data plane under a supervisor. Returns when the link ends, with everything closed.
-pub fn linked(listeners: Vec<TcpListener>, link: UnixStream) -> Result<(), End> {
+pub fn linked(listeners: Vec<Listener>, link: UnixStream) -> Result<(), End> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let proxy = Proxy::new(Timings::default(), Supervision::Linked);
     match runtime.block_on(control(proxy, listeners, link)) {
@@ -45,7 +44,7 @@ pub fn linked(listeners: Vec<TcpListener>, link: UnixStream) -> Result<(), End> 
     }
 }
 
-async fn control(mut proxy: Proxy, listeners: Vec<TcpListener>, link: UnixStream) -> Result<(), End> {
+async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -> Result<(), End> {
     // A proxy that takes the place of a dead one must not answer 503 for want of news: connections
     // wait in the backlog until it has heard of the engine.
     let mut unheard = Some(listeners);

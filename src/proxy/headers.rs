@@ -66,7 +66,8 @@ pub enum BodyFraming {
 #[derive(Debug, Clone, Copy)]
 pub struct Said<'a> {
     pub engine: SocketAddr,
-    pub client: IpAddr,
+    /// None: it came over a Unix socket.
+    pub client: Option<IpAddr>,
     pub request_id: &'a HeaderValue,
     pub credentials: Credentials<'a>,
     pub body: BodyFraming,
@@ -93,7 +94,11 @@ pub fn write(request: &Parts, said: &Said<'_>) -> Vec<u8> {
     }
     let mut text = String::with_capacity(160);
     // Writing into a String does not fail.
-    let _ = write!(text, "host: {}\r\nx-forwarded-for: {}\r\nx-forwarded-proto: http\r\n", said.engine, said.client);
+    let _ = write!(text, "host: {}\r\n", said.engine);
+    if let Some(client) = said.client {
+        let _ = write!(text, "x-forwarded-for: {client}\r\n");
+    }
+    text.push_str("x-forwarded-proto: http\r\n");
     match said.body {
         BodyFraming::None => {}
         BodyFraming::Length(length) => {
@@ -159,7 +164,7 @@ mod tests {
         let id = HeaderValue::from_static("id-1");
         let said = Said {
             engine: "127.0.0.1:3000".parse().expect("an address"),
-            client: "10.0.0.9".parse().expect("an address"),
+            client: Some("10.0.0.9".parse().expect("an address")),
             request_id: &id,
             credentials,
             body: BodyFraming::Length(3),

@@ -15,17 +15,18 @@ mod control;
 mod error;
 mod framing;
 mod headers;
+mod line;
 mod metrics;
 mod routes;
 mod service;
 mod state;
 mod tap;
+mod transport;
 mod upstream;
 mod wire;
 mod worker;
 
 use std::io;
-use std::net::TcpListener;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -34,6 +35,7 @@ pub use auth::KeysError;
 pub use control::{End, linked};
 pub use state::{Supervision, Timings};
 pub use tap::Patience;
+pub use transport::listener::Listener;
 
 use crate::link::{EngineView, ProxySettings, Traffic};
 use state::{Mode, Shared};
@@ -51,7 +53,7 @@ pub enum ProxyError {
 #[derive(Debug)]
 pub struct Proxy {
     shared: Arc<Shared>,
-    listeners: Vec<TcpListener>,
+    listeners: Vec<Listener>,
     workers: Vec<JoinHandle<io::Result<()>>>,
 }
 
@@ -63,9 +65,9 @@ impl Proxy {
 
     /// Accepts from now on. Before its first settings the proxy has one worker, so that clients are
     /// answered before anything else is known.
-    pub fn listen(&mut self, listeners: Vec<TcpListener>) -> Result<(), ProxyError> {
+    pub fn listen(&mut self, listeners: Vec<Listener>) -> Result<(), ProxyError> {
         for listener in &listeners {
-            listener.set_nonblocking(true).map_err(ProxyError::Worker)?;
+            listener.set_nonblocking().map_err(ProxyError::Worker)?;
         }
         self.listeners = listeners;
         self.grow(self.shared.snapshot().settings.workers)
@@ -81,7 +83,7 @@ impl Proxy {
 
     fn grow(&mut self, workers: usize) -> Result<(), ProxyError> {
         while !self.listeners.is_empty() && self.workers.len() < workers {
-            let listeners: io::Result<Vec<_>> = self.listeners.iter().map(TcpListener::try_clone).collect();
+            let listeners: io::Result<Vec<_>> = self.listeners.iter().map(Listener::try_clone).collect();
             let listeners = listeners.map_err(ProxyError::Worker)?;
             let shared = Arc::clone(&self.shared);
             let counters = shared.new_counters();

@@ -16,19 +16,18 @@ use std::time::Duration;
 use http::header::{CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, TRANSFER_ENCODING};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method, Request, Response};
-use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::answer::{Answer, Relay, Shape, Source};
 use super::error::Refusal;
 use super::headers::{self, BodyFraming, Credentials, Said};
+use super::line::{Ahead, Line, Upload};
 use super::metrics::Label;
 use super::routes::{self, Decision, Own, Route};
 use super::state::{Mode, Snapshot, Supervision};
 use super::upstream::decode::Framing;
 use super::upstream::exchange::{Answered, BodyFault, Failure, Outgoing, Sent, exchange};
 use super::upstream::head::Reuse;
-use super::wire::Wire;
 use super::worker::Worker;
 use crate::admission::{Refused, Ticket};
 use crate::link::{EngineView, Gate, Upstream};
@@ -37,8 +36,9 @@ use crate::link::{EngineView, Gate, Upstream};
 #[derive(Debug)]
 pub struct Peer {
     pub worker: Rc<Worker>,
-    pub wire: Rc<Wire>,
-    pub address: IpAddr,
+    pub line: Line,
+    /// None: it came over a Unix socket.
+    pub address: Option<IpAddr>,
 }
 
 /// The client is gone: there is nobody to answer.
@@ -58,9 +58,9 @@ impl From<Refusal> for Stop {
     }
 }
 
-/// The service under hyper.
-pub async fn answer(peer: Rc<Peer>, request: Request<Incoming>) -> Result<Response<Answer>, Left> {
-    peer.wire.ask();
+/// The service under hyper and h2.
+pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response<Answer>, Left> {
+    peer.line.ask();
     let counters = &peer.worker.counters;
     counters.last_request.store(peer.worker.stamp(Instant::now()), Relaxed);
     let (parts, body) = request.into_parts();
@@ -83,11 +83,11 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Incoming>) -> Result<Respon
 async fn decide(
     peer: &Rc<Peer>,
     parts: &Parts,
-    body: Incoming,
+    body: Upload,
     id: &HeaderValue,
     label: &mut Label,
 ) -> Result<Response<Answer>, Stop> {
-    if let Some(violation) = peer.wire.refusal() {
+    if let Some(violation) = peer.line.refusal() {
         return Err(Refusal::violation(violation).into());
     }
     let path = parts.uri.path();
@@ -114,7 +114,7 @@ async fn decide(
     {
         return Err(Refusal::unauthorized().into());
     }
-    let framing = body_framing(&parts.headers);
+    let framing = body_framing(&parts.headers, &body);
     if let BodyFraming::Length(length) = framing
         && length > snapshot.settings.max_body
     {
@@ -156,7 +156,7 @@ async fn watched<F: Future>(peer: &Peer, future: F) -> Result<F::Output, Stop> {
         if let Poll::Ready(outcome) = future.as_mut().poll(cx) {
             return Poll::Ready(Ok(outcome));
         }
-        if peer.wire.poll_left(cx).is_ready() {
+        if peer.line.poll_left(cx).is_ready() {
             return Poll::Ready(Err(Stop::Left));
         }
         match peer.worker.cut() {
@@ -189,7 +189,7 @@ async fn admit(
     let theirs = client_deadline(&parts.headers).and_then(|wait| since.checked_add(wait));
     let deadline = theirs.map_or(ours, |theirs| theirs.min(ours));
     // Who asks before it sends its body is told to go on only once there is a place.
-    let read = if parts.headers.contains_key(EXPECT) { Ahead::Nothing } else { Ahead::Body };
+    let read = if parts.headers.contains_key(EXPECT) { Ahead::Nothing } else { peer.line.ahead() };
     let mut entry = pin!(shared.admission.enter(deadline));
     let waiting = poll_fn(|cx| {
         if let Poll::Ready(outcome) = entry.as_mut().poll(cx) {
@@ -220,13 +220,6 @@ async fn admit(
     }
 }
 
-/// What may be read of a request that waits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ahead {
-    Body,
-    Nothing,
-}
-
 fn is_open(view: Option<&EngineView>) -> bool {
     view.is_some_and(|view| view.state.gate() == Gate::Open)
 }
@@ -237,13 +230,13 @@ fn client_deadline(headers: &HeaderMap) -> Option<Duration> {
     Duration::try_from_secs_f64(seconds).ok()
 }
 
-fn body_framing(headers: &HeaderMap) -> BodyFraming {
+fn body_framing(headers: &HeaderMap, body: &Upload) -> BodyFraming {
     if headers.contains_key(TRANSFER_ENCODING) {
         return BodyFraming::Chunked;
     }
-    // The framing checker has seen that it is one plain number.
+    // The framing checker, or h2, has seen that it is one plain number.
     let length = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    length.map_or(BodyFraming::None, BodyFraming::Length)
+    length.map_or_else(|| body.unmeasured(), BodyFraming::Length)
 }
 
 fn request_head(
@@ -267,7 +260,7 @@ fn explain(peer: &Peer, snapshot: &Snapshot, failure: Failure) -> Refusal {
         Failure::Body(BodyFault::TooLarge) => return Refusal::too_large(limit),
         Failure::Body(BodyFault::Slow) => return Refusal::slow_body(),
         Failure::Body(BodyFault::Broken(_)) => {
-            return peer.wire.refusal().map_or_else(Refusal::broken_body, Refusal::violation);
+            return peer.line.refusal().map_or_else(Refusal::broken_body, Refusal::violation);
         }
         _ => {}
     }
@@ -309,7 +302,7 @@ fn relay(peer: &Peer, route: &Route, answered: Answered, ticket: Ticket, upstrea
     // Within a length there is no room for an event that the engine did not count.
     let shape = if events && !matches!(framing, Framing::Length(_)) { Shape::Stream } else { Shape::Whole };
     let source = Source { engine: upstream.addr, framing, reuse: head.reuse, rest, shape, dialect: route.dialect };
-    let relay = Relay::new(Rc::clone(worker), Rc::clone(&peer.wire), stream, source, ticket);
+    let relay = Relay::new(Rc::clone(worker), peer.line.clone(), stream, source, ticket);
     *response.body_mut() = Answer::Engine(Box::new(relay));
     response
 }

@@ -14,11 +14,10 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use hyper::rt::{Read, ReadBufCursor, Write};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::framing::{Checker, MAX_HEAD, MAX_LINE, Step, Violation};
-use super::wire::{READ_BUFFER, Wire, poll_read_once, shut_write, with_buffer};
+use super::wire::{READ_BUFFER, Wire, with_buffer};
 
 /// What hyper gets in place of a request that must not pass; the service never takes it for one,
 /// since [`Wire::refusal`] is set.
@@ -189,7 +188,7 @@ impl Tap {
     }
 
     /// A write went through or not: keeps the clock of a reader that stalls.
-    fn poll_stall(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+    fn poll_stall<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if written.is_ready() {
             self.write_timer = None;
             return written;
@@ -233,7 +232,7 @@ impl Read for Tap {
             let read = with_buffer(|buffer| {
                 let room = room.min(buffer.len());
                 let buffer = &mut buffer[..room];
-                let Poll::Ready(read) = poll_read_once(this.wire.stream(), cx, buffer)? else {
+                let Poll::Ready(read) = this.wire.poll_read(cx, buffer)? else {
                     return Poll::Pending;
                 };
                 let bytes = &buffer[..read];
@@ -277,18 +276,19 @@ impl Read for Tap {
 impl Write for Tap {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let written = poll_write_with(this.wire.stream(), cx, |stream| stream.try_write(bytes));
+        let written = this.wire.poll_write(cx, bytes);
         this.poll_stall(cx, written)
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // hyper asks for this when its own buffer is empty, and a socket has none above the kernel.
-        self.wire.flushed();
-        Poll::Ready(Ok(()))
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // hyper asks for this when its own buffer is empty.
+        let this = self.get_mut();
+        let flushed = this.wire.poll_flush(cx);
+        this.poll_stall(cx, flushed)
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(shut_write(self.wire.stream()))
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.wire.poll_shutdown(cx)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -301,21 +301,7 @@ impl Write for Tap {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let written = poll_write_with(this.wire.stream(), cx, |stream| stream.try_write_vectored(slices));
+        let written = this.wire.poll_write_vectored(cx, slices);
         this.poll_stall(cx, written)
-    }
-}
-
-fn poll_write_with(
-    stream: &TcpStream,
-    cx: &mut Context<'_>,
-    mut write: impl FnMut(&TcpStream) -> io::Result<usize>,
-) -> Poll<io::Result<usize>> {
-    loop {
-        ready!(stream.poll_write_ready(cx))?;
-        match write(stream) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            outcome => return Poll::Ready(outcome),
-        }
     }
 }

@@ -13,10 +13,10 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
-use tokio::io::Interest;
-use tokio::net::TcpStream;
-
 use super::framing::Violation;
+use super::transport::socket::Socket;
+
+pub use super::transport::socket::poll_read_once;
 
 thread_local! {
     /// The one read buffer of a worker, for clients and engine alike: nothing stays in it between
@@ -32,30 +32,11 @@ pub fn with_buffer<R>(reader: impl FnOnce(&mut [u8]) -> R) -> R {
     BUFFER.with_borrow_mut(|buffer| reader(buffer))
 }
 
-/// Reads once into `buffer`. After a short read the readiness is given back at once: the socket is
-/// empty then, and asking it again would be a system call for nothing (edge-triggered epoll reports
-/// whatever comes later).
-pub fn poll_read_once(stream: &TcpStream, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-    loop {
-        ready!(stream.poll_read_ready(cx))?;
-        match stream.try_read(buffer) {
-            Ok(read) => {
-                if read > 0 && read < buffer.len() {
-                    let _: io::Result<()> = stream.try_io(Interest::READABLE, || Err(io::ErrorKind::WouldBlock.into()));
-                }
-                return Poll::Ready(Ok(read));
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Poll::Ready(Err(error)),
-        }
-    }
-}
-
 type Leaving = Pin<Box<dyn Future<Output = ()>>>;
 
 /// What the service, the answer and the tap of one connection know together.
 pub struct Wire {
-    stream: Rc<TcpStream>,
+    socket: Rc<Socket>,
     refusal: Cell<Option<Violation>>,
     /// How often everything written so far was handed to the kernel.
     flushes: Cell<u64>,
@@ -69,14 +50,14 @@ pub struct Wire {
 
 impl fmt::Debug for Wire {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Wire").field("stream", &self.stream).finish_non_exhaustive()
+        f.debug_struct("Wire").field("socket", &self.socket).finish_non_exhaustive()
     }
 }
 
 impl Wire {
-    pub fn new(stream: Rc<TcpStream>) -> Rc<Self> {
+    pub fn new(socket: Rc<Socket>) -> Rc<Self> {
         Rc::new(Self {
-            stream,
+            socket,
             refusal: Cell::new(None),
             flushes: Cell::new(0),
             flush_waker: Cell::new(None),
@@ -86,8 +67,29 @@ impl Wire {
         })
     }
 
-    pub fn stream(&self) -> &TcpStream {
-        &self.stream
+    /// Reads once what has come.
+    pub fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        self.socket.poll_read(cx, buffer)
+    }
+
+    pub fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.socket.poll_write(cx, bytes)
+    }
+
+    pub fn poll_write_vectored(&self, cx: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        self.socket.poll_write_vectored(cx, slices)
+    }
+
+    /// Hands what was written to the kernel; to be called when the writer has nothing left itself.
+    pub fn poll_flush(&self, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // A socket holds nothing back above the kernel.
+        self.flushed();
+        Poll::Ready(Ok(()))
+    }
+
+    /// Says that the last byte was written.
+    pub fn poll_shutdown(&self, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(self.socket.shut_write())
     }
 
     /// The request that comes next must be refused: see [`Self::refusal`].
@@ -112,11 +114,8 @@ impl Wire {
         }
         let mut leaving = self.leaving.borrow_mut();
         let future = leaving.get_or_insert_with(|| {
-            let stream = Rc::clone(&self.stream);
-            // EPOLLRDHUP without data: tokio reports it to who waits for priority readiness.
-            Box::pin(async move {
-                let _ = stream.ready(Interest::PRIORITY).await;
-            })
+            let socket = Rc::clone(&self.socket);
+            Box::pin(async move { socket.left().await })
         });
         ready!(future.as_mut().poll(cx));
         self.ended.set(true);
@@ -150,19 +149,11 @@ impl Wire {
         Poll::Pending
     }
 
-    /// hyper has nothing left to write.
-    pub fn flushed(&self) {
+    fn flushed(&self) {
         self.flushes.set(self.flushes.get() + 1);
         if let Some(waker) = self.flush_waker.take() {
             waker.wake();
         }
-    }
-}
-
-pub fn shut_write(stream: &TcpStream) -> io::Result<()> {
-    match socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write) {
-        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
-        outcome => outcome,
     }
 }
 
@@ -173,14 +164,14 @@ const LINGER_BYTES: usize = 1 << 20;
 /// Ends a connection so that the client can read the last answer: FIN first, then what it still
 /// sends is thrown away for a moment. Closing with unread bytes would be RST, which takes the answer
 /// out of the client's hands.
-pub async fn close(stream: Rc<TcpStream>) {
-    if shut_write(&stream).is_err() {
+pub async fn close(socket: Rc<Socket>) {
+    if socket.shut_write().is_err() {
         return;
     }
     let drain = async {
         let mut left = LINGER_BYTES;
         while left > 0 {
-            let read = std::future::poll_fn(|cx| with_buffer(|buffer| poll_read_once(&stream, cx, buffer))).await;
+            let read = std::future::poll_fn(|cx| with_buffer(|buffer| socket.poll_read(cx, buffer))).await;
             match read {
                 Ok(n) if n > 0 => left = left.saturating_sub(n),
                 _ => return,

@@ -8,7 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::{Future as _, poll_fn};
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdTcpListener};
+use std::net::IpAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -16,18 +16,21 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::task::Waker;
 use std::time::Duration;
 
+use http::Request;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::task::{spawn_local, yield_now};
 use tokio::time::{Instant, sleep};
 
 use super::framing::MAX_HEAD;
+use super::line::{Line, Upload};
 use super::metrics::Counters;
 use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
 use super::tap::Tap;
+use super::transport::listener::{Accepting, Listener};
+use super::transport::socket::Socket;
 use super::upstream::Pool;
 use super::wire::{self, Wire};
 
@@ -100,14 +103,13 @@ impl Worker {
 }
 
 /// Runs a worker on this thread until the proxy is closed.
-pub fn run(shared: Arc<Shared>, counters: Arc<Counters>, listeners: Vec<StdTcpListener>) -> io::Result<()> {
+pub fn run(shared: Arc<Shared>, counters: Arc<Counters>, listeners: Vec<Listener>) -> io::Result<()> {
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     runtime.block_on(async {
         let mut changes = shared.changes();
         let worker = Worker::new(shared, counters);
         for listener in listeners {
-            let listener = TcpListener::from_std(listener)?;
-            spawn_local(accept(Rc::clone(&worker), listener));
+            spawn_local(accept(Rc::clone(&worker), listener.begin()?));
         }
         loop {
             let snapshot = changes.borrow_and_update().clone();
@@ -119,13 +121,13 @@ pub fn run(shared: Arc<Shared>, counters: Arc<Counters>, listeners: Vec<StdTcpLi
     })
 }
 
-/// Accepts one connection at a time and lets the others have theirs in between. New protocols (TLS,
-/// PROXY, HTTP/2) and other kinds of listener begin here, before [`converse`].
-async fn accept(worker: Rc<Worker>, listener: TcpListener) {
+/// Accepts one connection at a time and lets the others have theirs in between. What comes before
+/// HTTP (TLS, PROXY) begins here, before [`converse`].
+async fn accept(worker: Rc<Worker>, listener: Accepting) {
     loop {
         match listener.accept().await {
-            Ok((stream, peer)) => {
-                spawn_local(converse(Rc::clone(&worker), stream, peer));
+            Ok((socket, address)) => {
+                spawn_local(converse(Rc::clone(&worker), socket, address));
                 yield_now().await;
             }
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -168,16 +170,14 @@ enum Farewell {
     Said,
 }
 
-async fn converse(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
-    if stream.set_nodelay(true).is_err() {
-        return;
-    }
-    let stream = Rc::new(stream);
-    let client = Wire::new(Rc::clone(&stream));
+async fn converse(worker: Rc<Worker>, socket: Socket, address: Option<IpAddr>) {
+    let socket = Rc::new(socket);
+    let client = Wire::new(Rc::clone(&socket));
     {
         let tap = Tap::new(Rc::clone(&client), worker.shared.timings.client);
-        let peer = Rc::new(Peer { worker: Rc::clone(&worker), wire: Rc::clone(&client), address: peer.ip() });
-        let service = service_fn(move |request| service::answer(Rc::clone(&peer), request));
+        let peer = Rc::new(Peer { worker: Rc::clone(&worker), line: Line::Http1(Rc::clone(&client)), address });
+        let service =
+            service_fn(move |request| service::answer(Rc::clone(&peer), Request::map(request, Upload::Http1)));
         let mut connection = pin!(worker.http.serve_connection(tap, service));
         let mut registered = None;
         // Who connects during a drain is answered; only what was open before is let go.
@@ -199,6 +199,6 @@ async fn converse(worker: Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
         }
     }
     if !client.has_ended() {
-        wire::close(stream).await;
+        wire::close(socket).await;
     }
 }

@@ -45,7 +45,7 @@ impl Front {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let addr = listener.local_addr().unwrap();
         let mut proxy = Proxy::new(timings, Supervision::Alone);
-        proxy.listen(vec![listener]).unwrap();
+        proxy.listen(vec![listener.into()]).unwrap();
         Self { addr, proxy }
     }
 

@@ -35,7 +35,7 @@ impl Parting {
     /// `event` is empty where none can be said.
     pub fn new(call: Rc<Call>, event: Bytes, why: Interrupted) -> Self {
         Self {
-            since_flush: call.wire().flushes(),
+            since_flush: call.line().flushes(),
             call,
             event: (!event.is_empty()).then_some(event),
             timer: Box::pin(sleep(PATIENCE)),
@@ -48,7 +48,7 @@ impl Parting {
         if let Some(event) = self.event.take() {
             return Poll::Ready(Ok(event));
         }
-        if self.call.wire().poll_flushed(cx, self.since_flush).is_pending() {
+        if self.call.line().poll_flushed(cx, self.since_flush).is_pending() {
             ready!(self.timer.as_mut().poll(cx));
         }
         Poll::Ready(Err(std::mem::replace(&mut self.why, Interrupted::Left)))

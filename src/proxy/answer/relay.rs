@@ -138,7 +138,7 @@ impl Relay {
         if self.course != Course::Open && self.rest.is_empty() {
             return Poll::Ready(Next::End);
         }
-        if self.call.wire().poll_left(cx).is_ready() {
+        if self.call.line().poll_left(cx).is_ready() {
             self.give_up();
             self.call.worker().counters.client_aborts.fetch_add(1, Relaxed);
             return Poll::Ready(Next::Left);

@@ -16,13 +16,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::Method;
 use http_body::Body as _;
-use hyper::body::Incoming;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::head::{self, BadHead, Head, Reuse};
 use super::{Connection, History, Pool, connect};
 use crate::proxy::headers::BodyFraming;
+use crate::proxy::line::{Lost, Upload};
 use crate::proxy::metrics::Counters;
 use crate::proxy::wire::{poll_read_once, with_buffer};
 
@@ -58,13 +58,13 @@ pub enum BodyFault {
     #[error("the body stopped coming")]
     Slow,
     #[error("the body broke off: {0}")]
-    Broken(hyper::Error),
+    Broken(Lost),
 }
 
 /// The client's body on its way to the engine.
 #[derive(Debug)]
 pub struct Outgoing {
-    body: Incoming,
+    body: Upload,
     framing: BodyFraming,
     max: u64,
     patience: Duration,
@@ -89,7 +89,7 @@ enum End {
 }
 
 impl Outgoing {
-    pub fn new(body: Incoming, framing: BodyFraming, max: u64, patience: Duration) -> Self {
+    pub fn new(body: Upload, framing: BodyFraming, max: u64, patience: Duration) -> Self {
         let end = if framing == BodyFraming::None { End::Reached } else { End::Open };
         Self {
             body,

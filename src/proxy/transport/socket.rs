@@ -1,0 +1,124 @@
+//! A connected socket as a byte stream: TCP or Unix, read and written without a lock or an allocation.
+//!
+//! Methods take `&self`, so that who reads, who writes and who waits for the client's leaving can
+//! share one socket within a thread.
+
+use std::io;
+use std::net::Shutdown;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::Interest;
+use tokio::net::{TcpStream, UnixStream};
+
+/// What tokio's sockets have in common and no trait of tokio's says.
+pub trait Ends {
+    fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
+    fn poll_write_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
+    fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize>;
+    /// Forgets the readiness to be read, until the kernel reports it again.
+    fn forget_readiness(&self);
+}
+
+macro_rules! ends {
+    ($($stream:ty),*) => {$(
+        impl Ends for $stream {
+            fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+                <$stream>::poll_read_ready(self, cx)
+            }
+            fn poll_write_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+                <$stream>::poll_write_ready(self, cx)
+            }
+            fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+                <$stream>::try_read(self, buffer)
+            }
+            fn forget_readiness(&self) {
+                let _: io::Result<()> = self.try_io(Interest::READABLE, || Err(io::ErrorKind::WouldBlock.into()));
+            }
+        }
+    )*};
+}
+ends!(TcpStream, UnixStream);
+
+/// Reads once into `buffer`. After a short read the readiness is given back at once: the socket is
+/// empty then, and asking it again would be a system call for nothing (edge-triggered epoll reports
+/// whatever comes later).
+pub fn poll_read_once(stream: &impl Ends, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(stream.poll_read_ready(cx))?;
+        match stream.try_read(buffer) {
+            Ok(read) => {
+                if read > 0 && read < buffer.len() {
+                    stream.forget_readiness();
+                }
+                return Poll::Ready(Ok(read));
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Poll::Ready(Err(error)),
+        }
+    }
+}
+
+fn poll_write_with<S: Ends>(
+    stream: &S,
+    cx: &mut Context<'_>,
+    mut write: impl FnMut(&S) -> io::Result<usize>,
+) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(stream.poll_write_ready(cx))?;
+        match write(stream) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            outcome => return Poll::Ready(outcome),
+        }
+    }
+}
+
+/// A client's socket.
+#[derive(Debug)]
+pub enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Socket {
+    pub fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Tcp(stream) => poll_read_once(stream, cx, buffer),
+            Self::Unix(stream) => poll_read_once(stream, cx, buffer),
+        }
+    }
+
+    pub fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Tcp(stream) => poll_write_with(stream, cx, |stream| stream.try_write(bytes)),
+            Self::Unix(stream) => poll_write_with(stream, cx, |stream| stream.try_write(bytes)),
+        }
+    }
+
+    pub fn poll_write_vectored(&self, cx: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Tcp(stream) => poll_write_with(stream, cx, |stream| stream.try_write_vectored(slices)),
+            Self::Unix(stream) => poll_write_with(stream, cx, |stream| stream.try_write_vectored(slices)),
+        }
+    }
+
+    /// Says that nothing more will be written (FIN).
+    pub fn shut_write(&self) -> io::Result<()> {
+        let socket = match self {
+            Self::Tcp(stream) => socket2::SockRef::from(stream),
+            Self::Unix(stream) => socket2::SockRef::from(stream),
+        };
+        match socket.shutdown(Shutdown::Write) {
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+            outcome => outcome,
+        }
+    }
+
+    /// Waits until the other side has closed or reset its end, whatever it sent before. Nothing is
+    /// read: EPOLLRDHUP comes without data, and tokio reports it to who waits for priority readiness.
+    pub async fn left(&self) {
+        let _ = match self {
+            Self::Tcp(stream) => stream.ready(Interest::PRIORITY).await,
+            Self::Unix(stream) => stream.ready(Interest::PRIORITY).await,
+        };
+    }
+}
