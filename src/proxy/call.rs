@@ -14,10 +14,10 @@ use super::worker::Worker;
 /// Whether the client asks for a stream, as far as its body tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Asks {
-    /// Not seen, or not to be told.
+    /// Not for a stream, or it cannot be told.
     Unknown,
+    #[allow(dead_code)] // until the body is peeked into
     Stream,
-    Whole,
 }
 
 #[derive(Debug)]

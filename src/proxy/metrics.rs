@@ -73,6 +73,8 @@ pub struct Counters {
     pub upstream_connects: AtomicU64,
     pub client_aborts: AtomicU64,
     pub interrupted: AtomicU64,
+    /// Streams begun before the engine's head.
+    pub early: AtomicU64,
     pub served: AtomicU64,
     /// Milliseconds since the proxy's start, plus one; zero: never.
     pub last_byte: AtomicU64,
@@ -96,6 +98,7 @@ impl Default for Counters {
             upstream_connects: zero(),
             client_aborts: zero(),
             interrupted: zero(),
+            early: zero(),
             served: zero(),
             last_byte: zero(),
             last_request: zero(),
@@ -173,6 +176,12 @@ pub fn page(workers: &[std::sync::Arc<Counters>], gauges: &Gauges) -> String {
         ("upstream_connects_total", "counter", "Connections made to the engine.", sum(|w| &w.upstream_connects)),
         ("client_aborts_total", "counter", "Clients that left before their answer's end.", sum(|w| &w.client_aborts)),
         ("streams_interrupted_total", "counter", "Answers that ended without their end.", sum(|w| &w.interrupted)),
+        (
+            "streams_begun_early_total",
+            "counter",
+            "Streams begun before the engine answered, to keep the connection alive.",
+            sum(|w| &w.early),
+        ),
         ("requests_served_total", "counter", "Requests answered by the engine to the end.", sum(|w| &w.served)),
     ] {
         begin(&mut out, name, kind, help);

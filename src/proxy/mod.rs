@@ -11,6 +11,7 @@
 
 mod answer;
 mod auth;
+mod call;
 mod control;
 mod error;
 mod framing;
@@ -19,6 +20,7 @@ mod line;
 mod metrics;
 mod routes;
 mod service;
+mod sse;
 mod state;
 mod tap;
 mod transport;

@@ -12,12 +12,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use http::header::{CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE};
-use http::{HeaderMap, HeaderValue, Response, StatusCode};
+use http::{Response, StatusCode};
 use http_body::Body as _;
 use tokio::time::{Instant, Sleep};
 
-use super::{Answer, Interrupted, Next};
+use super::{Answer, Interrupted, Next, head};
 use crate::proxy::call::Call;
 use crate::proxy::error::{engines_error, keep_alive, last_event};
 use crate::proxy::routes::Dialect;
@@ -96,15 +95,15 @@ impl Early {
 
     /// The engine's answer: its stream goes on here, anything else must become an event.
     fn take(&mut self, response: Response<Answer>) -> Option<Next> {
-        let (head, body) = response.into_parts();
+        let (said, body) = response.into_parts();
         match body {
-            Answer::Engine(mut relay) if head.status == StatusCode::OK && is_plain_event_stream(&head.headers) => {
+            Answer::Engine(mut relay) if said.status == StatusCode::OK && head::goes_on_in_events(&said.headers) => {
                 relay.go_on_in_events();
                 self.stage = Stage::Over;
                 Some(Next::Becomes(Answer::Engine(relay)))
             }
             body => {
-                self.stage = Stage::Refused(Box::new(Gathering { status: head.status, body, text: Vec::new() }));
+                self.stage = Stage::Refused(Box::new(Gathering { status: said.status, body, text: Vec::new() }));
                 None
             }
         }
@@ -146,19 +145,4 @@ impl Gathering {
             engines_error(dialect, self.status, &self.text)
         })
     }
-}
-
-/// The head of an answer that is begun before the engine's: 200, since nothing else can be said.
-pub fn head() -> Response<()> {
-    let mut response = Response::new(());
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    response
-}
-
-/// Whether the body reads the same under a head that says no more than this.
-fn is_plain_event_stream(headers: &HeaderMap) -> bool {
-    !headers.contains_key(CONTENT_ENCODING) && super::is_of_kind(headers, b"text/event-stream")
 }

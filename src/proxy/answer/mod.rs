@@ -12,6 +12,7 @@
 //! ```
 
 mod early;
+pub mod head;
 mod parting;
 mod relay;
 
@@ -53,7 +54,7 @@ pub enum Answer {
 }
 
 /// What an answer comes to next.
-enum Next {
+pub enum Next {
     Bytes(Bytes),
     End,
     /// The rest is told by another.

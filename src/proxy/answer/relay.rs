@@ -48,6 +48,8 @@ pub struct Source {
     pub reuse: Reuse,
     pub rest: Vec<u8>,
     pub shape: Shape,
+    /// None: nothing is to be learnt from such a body.
+    pub scanner: Option<Scanner>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +73,7 @@ pub struct Relay {
     decoder: Decoder,
     ticket: Option<Ticket>,
     course: Course,
-    scanner: Scanner,
+    scanner: Option<Scanner>,
     /// When the engine last said something.
     heard: Instant,
     /// When the client was last told something.
@@ -94,8 +96,13 @@ enum Silence {
 
 impl Relay {
     pub fn new(call: Rc<Call>, source: Source, ticket: Ticket) -> Self {
-        let Source { stream, engine, framing, reuse, rest, shape } = source;
+        let Source { stream, engine, framing, mut reuse, rest, shape, scanner } = source;
         let now = Instant::now();
+        let decoder = Decoder::new(framing);
+        if decoder.is_done() && !rest.is_empty() {
+            // Bytes that nobody asked for.
+            reuse = Reuse::No;
+        }
         call.begin();
         let mut relay = Self {
             call,
@@ -105,10 +112,10 @@ impl Relay {
             reuse,
             rest,
             shape,
-            decoder: Decoder::new(framing),
+            decoder,
             ticket: Some(ticket),
             course: Course::Open,
-            scanner: Scanner::default(),
+            scanner,
             heard: now,
             said: now,
             timer: None,
@@ -124,7 +131,7 @@ impl Relay {
     }
 
     pub fn is_complete(&self) -> bool {
-        self.course == Course::Complete && self.rest.is_empty()
+        self.course == Course::Complete
     }
 
     pub fn size_hint(&self) -> SizeHint {
@@ -134,8 +141,13 @@ impl Relay {
         }
     }
 
+    /// Its head is known to the client already, and does not bind it to a length.
+    pub fn go_on_in_events(&mut self) {
+        self.shape = Shape::Stream;
+    }
+
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
-        if self.course != Course::Open && self.rest.is_empty() {
+        if self.course != Course::Open {
             return Poll::Ready(Next::End);
         }
         if self.call.line().poll_left(cx).is_ready() {
@@ -185,9 +197,9 @@ impl Relay {
                 Poll::Pending => match ready!(self.poll_silence(cx)) {
                     Silence::Long => {
                         self.said = Instant::now();
-                        return Poll::Ready(Next::Bytes(keep_alive(self.call.route.dialect)));
+                        return Poll::Ready(Next::Bytes(keep_alive(self.call.route.dialect).unwrap_or_default()));
                     }
-                    Silence::TooLong if self.scanner.is_done() => {
+                    Silence::TooLong if self.is_done() => {
                         self.reuse = Reuse::No;
                         self.complete();
                     }
@@ -210,8 +222,8 @@ impl Relay {
             self.reuse = Reuse::No;
         }
         let payload = &buffer[..decoded.payload];
-        if self.shape == Shape::Stream {
-            self.scanner.scan(payload);
+        if let Some(scanner) = &mut self.scanner {
+            scanner.scan(payload);
         }
         let worker = self.call.worker();
         worker.counters.bytes_out.fetch_add(payload.len() as u64, Relaxed);
@@ -259,30 +271,37 @@ impl Relay {
         Next::Breaks(event, why)
     }
 
+    /// Whether `data: [DONE]` was the last that came.
+    fn is_done(&self) -> bool {
+        self.scanner.as_ref().is_some_and(Scanner::is_done)
+    }
+
+    /// Whether a comment of our own may stand here: between two events, not behind the last one.
+    fn takes_comments(&self) -> bool {
+        self.shape == Shape::Stream
+            && keep_alive(self.call.route.dialect).is_some()
+            && self.scanner.as_ref().is_some_and(|scanner| scanner.is_between_events() && !scanner.is_done())
+    }
+
     /// Ready when the engine has been silent for long. The timer is not moved for each event: it
     /// looks, when it fires, at when the last one came.
     fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<Silence> {
-        let worker = Rc::clone(self.call.worker());
-        let limit = if self.scanner.is_done() { DONE_IDLE } else { worker.engine_silence };
+        let worker = self.call.worker();
+        let limit = if self.is_done() { DONE_IDLE } else { worker.engine_silence };
+        let end = self.heard + limit;
+        let comment = self.takes_comments().then(|| self.heard.max(self.said) + worker.shared.timings.keep_alive);
+        let next = comment.map_or(end, |comment| comment.min(end));
+        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(next)));
+        if timer.deadline() > next {
+            timer.as_mut().reset(next);
+        }
         loop {
-            let end = self.heard + limit;
-            // Between two events only, and never behind the last one.
-            let comforts = self.shape == Shape::Stream
-                && self.call.route.dialect.has_keep_alive()
-                && self.scanner.is_between_events()
-                && !self.scanner.is_done();
-            let comfort = comforts.then(|| self.heard.max(self.said) + worker.shared.timings.keep_alive);
-            let next = comfort.map_or(end, |comfort| comfort.min(end));
-            let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(next)));
-            if timer.deadline() > next {
-                timer.as_mut().reset(next);
-            }
             ready!(timer.as_mut().poll(cx));
             let now = Instant::now();
             if now >= end {
                 return Poll::Ready(Silence::TooLong);
             }
-            if comfort.is_some_and(|comfort| now >= comfort) {
+            if comment.is_some_and(|comment| now >= comment) {
                 return Poll::Ready(Silence::Long);
             }
             timer.as_mut().reset(next);

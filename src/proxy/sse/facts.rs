@@ -15,6 +15,7 @@ pub enum Reason {
     Other,
 }
 
+#[allow(dead_code)] // until it is counted
 impl Reason {
     pub const ALL: [Self; 6] =
         [Self::Stop, Self::Length, Self::ToolCalls, Self::ContentFilter, Self::Abort, Self::Other];
