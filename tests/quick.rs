@@ -11,6 +11,7 @@ mod http_faults;
 mod limits_faults;
 mod main_job;
 mod probe_and_status;
+mod repositories;
 mod signal_faults;
 mod simulated_engine;
 mod stream_faults;

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use crate::launch::spawner::Spawner;
 use crate::link::{self, Down, EngineView, HEARTBEAT, ProxySettings, Traffic, Up};
-use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
+use crate::sys::spawn::Spec;
 
 /// A proxy that lived shorter than this is not replaced at once: something is wrong with it.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
@@ -156,26 +156,13 @@ async fn run(
     tell: &watch::Sender<HalfView>,
 ) -> Result<Ended, link::LinkError> {
     let (ours, theirs) = link::pair()?;
-    let mut argv: Vec<OsString> = vec!["/proc/self/exe".into(), "proxy".into()];
     let mut keep = vec![theirs.as_raw_fd()];
-    argv.extend(["--link-fd".into(), theirs.as_raw_fd().to_string().into()]);
+    let mut words: Vec<OsString> = vec!["proxy".into(), "--link-fd".into(), theirs.as_raw_fd().to_string().into()];
     for listener in listeners {
         keep.push(listener.as_raw_fd());
-        argv.extend(["--listen-fd".into(), listener.as_raw_fd().to_string().into()]);
+        words.extend(["--listen-fd".into(), listener.as_raw_fd().to_string().into()]);
     }
-    let spec = Spec {
-        argv,
-        arg0: Some("sglangd".into()),
-        env,
-        session: Session::New,
-        stdin: Stream::Null,
-        stdout: Stream::Null,
-        stderr: Stream::Inherit,
-        keep,
-        cwd: None,
-        on_parent_death: ParentDeath::Kill,
-    };
-    let (child, mut end) = spawner.spawn(spec).await?;
+    let (child, mut end) = spawner.spawn(Spec { keep, ..Spec::ourselves(words, env) }).await?;
     drop(theirs);
     let (mut reader, mut writer) = link::split(ours)?;
     tell.send_modify(|view| view.pid = u32::try_from(child.pid).ok());
