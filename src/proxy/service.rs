@@ -70,7 +70,7 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
     let outcome = match triage(&peer, &parts, &mut label) {
         Ok(Way::Own(response)) => Ok(response),
         Ok(Way::Engine(route)) => pursue(Call::new(Rc::clone(&peer), route, now), parts, body, id.clone()).await,
-        Err(refusal) => Err(refusal.into()),
+        Err(stop) => Err(stop),
     };
     let mut response = match outcome {
         Ok(response) => response,
@@ -91,9 +91,9 @@ enum Way {
     Engine(&'static Route),
 }
 
-fn triage(peer: &Peer, parts: &Parts, label: &mut Label) -> Result<Way, Refusal> {
+fn triage(peer: &Peer, parts: &Parts, label: &mut Label) -> Result<Way, Stop> {
     if let Some(violation) = peer.line.refusal() {
-        return Err(Refusal::violation(violation));
+        return Err(Refusal::violation(violation).into());
     }
     let path = parts.uri.path();
     let route = match routes::decide(path) {
@@ -102,22 +102,22 @@ fn triage(peer: &Peer, parts: &Parts, label: &mut Label) -> Result<Way, Refusal>
             *label = Label::OWN;
             return own_answer(peer, own, &parts.method).map(Way::Own);
         }
-        Decision::Ambiguous => return Err(Refusal::ambiguous_path()),
-        Decision::Forbidden => return Err(Refusal::forbidden(path)),
+        Decision::Ambiguous => return Err(Refusal::ambiguous_path().into()),
+        Decision::Forbidden => return Err(Refusal::forbidden(path).into()),
         Decision::Unknown => {
             *label = Label::UNKNOWN;
-            return Err(Refusal::unknown_route(path));
+            return Err(Refusal::unknown_route(path).into());
         }
     };
     *label = Label::route(route);
     if !route.methods.contains(&parts.method) {
-        return Err(Refusal::wrong_method(route.methods));
+        return Err(Refusal::wrong_method(route.methods).into());
     }
     let snapshot = peer.worker.shared.snapshot();
     if let Some(keys) = &snapshot.keys
         && keys.check(&parts.headers).is_none()
     {
-        return Err(Refusal::unauthorized());
+        return Err(Refusal::unauthorized().into());
     }
     Ok(Way::Engine(route))
 }
@@ -311,26 +311,26 @@ fn explain(peer: &Peer, snapshot: &Snapshot, failure: Failure) -> Refusal {
 const GET: &[Method] = &[Method::GET, Method::HEAD];
 
 /// Liveness, health and readiness: never the engine's word.
-fn own_answer(peer: &Peer, own: Own, method: &Method) -> Result<Response<Answer>, Refusal> {
+fn own_answer(peer: &Peer, own: Own, method: &Method) -> Result<Response<Answer>, Stop> {
     if !GET.contains(method) {
-        return Err(Refusal::wrong_method(GET));
+        return Err(Refusal::wrong_method(GET).into());
     }
     let shared = &peer.worker.shared;
     if own == Own::Live {
         if shared.supervision == Supervision::Linked && shared.silence() > shared.timings.supervisor_silence {
-            return Err(Refusal::stuck_supervisor());
+            return Err(Refusal::stuck_supervisor().into());
         }
         return Ok(ok(r#"{"live":true}"#.to_owned()));
     }
     let snapshot = shared.snapshot();
     let view = snapshot.engine.as_ref();
     if own == Own::Ready && snapshot.mode != Mode::Serving {
-        return Err(Refusal::draining());
+        return Err(Refusal::draining().into());
     }
     match view {
-        Some(view) if own == Own::Ready && view.suspected => Err(Refusal::suspected(view)),
+        Some(view) if own == Own::Ready && view.suspected => Err(Refusal::suspected(view).into()),
         Some(view) if view.state.gate() == Gate::Open => Ok(ok(format!(r#"{{"state":"{}"}}"#, view.state.name()))),
-        view => Err(Refusal::engine(view)),
+        view => Err(Refusal::engine(view).into()),
     }
 }
 

@@ -147,11 +147,11 @@ proptest! {
 #[ignore = "a measurement"]
 #[allow(clippy::print_stderr)]
 fn cost_of_an_event() {
+    const ROUNDS: u32 = 1_000_000;
     let event = format!(
         "data: {{\"id\":\"{}\",\"object\":\"chat.completion.chunk\",\"created\":1790000000,\"model\":\"deepseek-v4-pro\",\"choices\":[{{\"index\":0,\"delta\":{{\"reasoning_content\":null,\"content\":\" token\"}},\"logprobs\":null,\"finish_reason\":null,\"matched_stop\":null}}]}}\n\n",
         "0123456789abcdef".repeat(2)
     );
-    const ROUNDS: u32 = 1_000_000;
     let mut scanner = Scanner::new(Grammar::Events, Words::Common);
     let since = tokio::time::Instant::now();
     for _ in 0..ROUNDS {
