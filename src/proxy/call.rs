@@ -7,25 +7,24 @@ use std::sync::atomic::Ordering::Relaxed;
 use tokio::time::Instant;
 
 use super::line::Line;
+use super::metrics::Label;
+use super::peek::Stream;
 use super::routes::Route;
 use super::service::Peer;
 use super::worker::Worker;
-
-/// Whether the client asks for a stream, as far as its body tells.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Asks {
-    /// Not for a stream, or it cannot be told.
-    Unknown,
-    #[allow(dead_code)] // until the body is peeked into
-    Stream,
-}
+use crate::admission::Caller;
 
 #[derive(Debug)]
 pub struct Call {
     pub peer: Rc<Peer>,
     pub route: &'static Route,
+    #[allow(dead_code)] // admission is about to ask
+    pub caller: Caller,
+    /// Where it is counted.
+    pub label: Label,
     pub arrived: Instant,
-    pub asks: Cell<Asks>,
+    /// Whether the client asks for a stream, as far as its body has told.
+    pub asks: Cell<Stream>,
     course: Cell<Course>,
 }
 
@@ -37,8 +36,9 @@ enum Course {
 }
 
 impl Call {
-    pub fn new(peer: Rc<Peer>, route: &'static Route, arrived: Instant) -> Rc<Self> {
-        Rc::new(Self { peer, route, arrived, asks: Cell::new(Asks::Unknown), course: Cell::new(Course::Asked) })
+    pub fn new(peer: Rc<Peer>, route: &'static Route, caller: Caller, label: Label, arrived: Instant) -> Rc<Self> {
+        let (asks, course) = (Cell::new(Stream::Unknown), Cell::new(Course::Asked));
+        Rc::new(Self { peer, route, caller, label, arrived, asks, course })
     }
 
     pub fn worker(&self) -> &Rc<Worker> {

@@ -19,16 +19,17 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, Version};
 use tokio::time::{Instant, sleep_until};
 
 use super::answer::{Answer, Early, Work, head};
-use super::call::{Asks, Call};
+use super::call::Call;
 use super::error::{Refusal, keep_alive};
 use super::headers::{self, BodyFraming, Credentials, Said};
 use super::line::{Ahead, Line, Upload};
 use super::metrics::Label;
+use super::peek::Stream;
 use super::routes::{self, Decision, Own, Route};
 use super::state::{Mode, Snapshot, Supervision};
 use super::upstream::exchange::{BodyFault, Failure, Outgoing, exchange};
 use super::worker::Worker;
-use crate::admission::{Refused, Ticket};
+use crate::admission::{Caller, Refused, Ticket};
 use crate::link::{EngineView, Gate, Upstream};
 
 /// Who asks, and over what.
@@ -69,7 +70,10 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
     let mut label = Label::REFUSED;
     let outcome = match triage(&peer, &parts, &mut label) {
         Ok(Way::Own(response)) => Ok(response),
-        Ok(Way::Engine(route)) => pursue(Call::new(Rc::clone(&peer), route, now), parts, body, id.clone()).await,
+        Ok(Way::Engine(route, caller)) => {
+            let call = Call::new(Rc::clone(&peer), route, caller, label, now);
+            pursue(call, parts, body, id.clone()).await
+        }
         Err(stop) => Err(stop),
     };
     let mut response = match outcome {
@@ -88,7 +92,7 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
 /// Where a request goes, by its head alone.
 enum Way {
     Own(Response<Answer>),
-    Engine(&'static Route),
+    Engine(&'static Route, Caller),
 }
 
 fn triage(peer: &Peer, parts: &Parts, label: &mut Label) -> Result<Way, Stop> {
@@ -114,12 +118,12 @@ fn triage(peer: &Peer, parts: &Parts, label: &mut Label) -> Result<Way, Stop> {
         return Err(Refusal::wrong_method(route.methods).into());
     }
     let snapshot = peer.worker.shared.snapshot();
-    if let Some(keys) = &snapshot.keys
-        && keys.check(&parts.headers).is_none()
-    {
-        return Err(Refusal::unauthorized().into());
-    }
-    Ok(Way::Engine(route))
+    let caller = match &snapshot.keys {
+        None => Caller::ANYBODY,
+        Some(keys) => keys.caller(&parts.headers).ok_or_else(Refusal::unauthorized)?,
+    };
+    *label = label.of(caller.key);
+    Ok(Way::Engine(route, caller))
 }
 
 /// Waits for the answer; a stream that keeps its client waiting for long is begun without it.
@@ -135,7 +139,7 @@ async fn pursue(call: Rc<Call>, parts: Parts, body: Upload, id: HeaderValue) -> 
         if let Poll::Ready(outcome) = work.as_mut().poll(cx) {
             return Poll::Ready(Some(outcome));
         }
-        if !may_begin || call.asks.get() != Asks::Stream {
+        if !may_begin || call.asks.get() != Stream::Yes {
             return Poll::Pending;
         }
         timer.get_or_insert_with(|| Box::pin(sleep_until(begin))).as_mut().poll(cx).map(|()| None)
@@ -157,7 +161,13 @@ async fn decide(call: Rc<Call>, parts: Parts, body: Upload, id: HeaderValue) -> 
         return Err(Refusal::too_large(snapshot.settings.max_body).into());
     }
     let patience = peer.worker.shared.timings.client.body;
-    let mut outgoing = Outgoing::new(body, framing, snapshot.settings.max_body, patience);
+    let mut outgoing = Outgoing::new(Rc::clone(&call), body, framing, snapshot.settings.max_body, patience);
+    // Who asks before it sends its body is told to go on only once there is a place.
+    if parts.headers.contains_key(EXPECT) {
+        outgoing.look_at_end();
+    } else {
+        outgoing.look().await.map_err(|fault| explain(peer, &snapshot, fault.into()))?;
+    }
     let (ticket, snapshot) = admit(peer, parts, snapshot, &mut outgoing).await?;
     let Some(upstream) = snapshot.engine.as_ref().and_then(|engine| engine.upstream.clone()) else {
         ticket.was_not_served();

@@ -6,7 +6,6 @@
 
 mod facts;
 
-#[allow(unused_imports)] // until it is counted
 pub use facts::{Facts, Reason, Words};
 
 /// How events follow each other in an answer.
@@ -109,13 +108,11 @@ impl Scanner {
         self.events - before
     }
 
-    #[allow(dead_code)] // until it is counted
     pub fn facts(&self) -> &Facts {
         &self.facts
     }
 
     /// Events with data so far, `[DONE]` not counted.
-    #[allow(dead_code)] // until it is counted
     pub fn events(&self) -> u64 {
         self.events
     }

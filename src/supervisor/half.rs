@@ -44,7 +44,7 @@ pub struct HalfView {
     pub traffic: Traffic,
     /// Traffic reports received from this proxy so far.
     pub reports: u64,
-    /// What it could not live by at the last reload.
+    /// What it cannot live by; it goes on with what it had.
     pub refused: Option<String>,
 }
 
@@ -133,6 +133,7 @@ async fn keep(
             view.pid = None;
             view.traffic = Traffic::default();
             view.reports = 0;
+            view.refused = None;
             view.restarts += 1;
         });
         if begun.elapsed() < SHORT_LIFE {
@@ -197,6 +198,10 @@ async fn run(
                         tracing::error!("the proxy goes on with what it had: {reason}");
                         tell.send_modify(|view| view.refused = Some(reason));
                     }
+                    Ok(Some(Up::Recovered)) => {
+                        tracing::info!("the proxy took what it had refused");
+                        tell.send_modify(|view| view.refused = None);
+                    }
                     // Its process is at its end; a link that broke without it is ended with it below.
                     Ok(None) | Err(_) => {
                         let _ = crate::sys::proc::signal(&child.pidfd, rustix::process::Signal::KILL);
@@ -208,7 +213,6 @@ async fn run(
             }
             changed = orders.settings.changed() => {
                 if changed.is_err() { return Ok(Ended::NoLongerWanted) }
-                tell.send_modify(|view| view.refused = None);
                 Down::Settings(orders.settings.borrow_and_update().clone())
             }
             changed = orders.engine.changed() => {

@@ -76,6 +76,7 @@ pub struct Relay {
     scanner: Option<Scanner>,
     /// When the engine last said something.
     heard: Instant,
+    last_event: Option<Instant>,
     /// When the client was last told something.
     said: Instant,
     timer: Option<Pin<Box<Sleep>>>,
@@ -117,6 +118,7 @@ impl Relay {
             course: Course::Open,
             scanner,
             heard: now,
+            last_event: None,
             said: now,
             timer: None,
         };
@@ -222,13 +224,20 @@ impl Relay {
             self.reuse = Reuse::No;
         }
         let payload = &buffer[..decoded.payload];
-        if let Some(scanner) = &mut self.scanner {
-            scanner.scan(payload);
-        }
         let worker = self.call.worker();
         worker.counters.bytes_out.fetch_add(payload.len() as u64, Relaxed);
         self.heard = Instant::now();
         worker.counters.last_byte.store(worker.stamp(self.heard), Relaxed);
+        if let Some(scanner) = &mut self.scanner {
+            let events = scanner.scan(payload);
+            if events > 0 {
+                let series = worker.counters.told.series(self.call.label);
+                match self.last_event.replace(self.heard) {
+                    None => series.first(self.heard - self.call.arrived),
+                    Some(before) => series.later(self.heard - before, events - 1),
+                }
+            }
+        }
         let bytes = (!payload.is_empty()).then(|| Bytes::copy_from_slice(payload));
         if self.decoder.is_done() {
             self.complete();
@@ -239,6 +248,7 @@ impl Relay {
     /// The answer is whole: its place and its connection are free before the client has read it.
     fn complete(&mut self) {
         self.course = Course::Complete;
+        self.tell();
         let worker = self.call.worker();
         worker.counters.served.fetch_add(1, Relaxed);
         self.ticket = None;
@@ -252,8 +262,18 @@ impl Relay {
     /// Closes the engine's connection, which ends its work, and frees the place.
     fn give_up(&mut self) {
         self.course = Course::Broken;
+        self.tell();
         self.ticket = None;
         self.stream = None;
+    }
+
+    /// Counts what the answer told until here.
+    fn tell(&self) {
+        let Some(scanner) = &self.scanner else { return };
+        if scanner.events() > 0 || !scanner.facts().is_empty() {
+            let series = self.call.worker().counters.told.series(self.call.label);
+            series.over(scanner.facts(), scanner.events());
+        }
     }
 
     /// What to do with an answer that will not be whole.
@@ -312,6 +332,7 @@ impl Relay {
 impl Drop for Relay {
     fn drop(&mut self) {
         if self.course == Course::Open {
+            self.tell();
             self.call.worker().counters.client_aborts.fetch_add(1, Relaxed);
         }
     }

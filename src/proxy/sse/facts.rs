@@ -15,7 +15,6 @@ pub enum Reason {
     Other,
 }
 
-#[allow(dead_code)] // until it is counted
 impl Reason {
     pub const ALL: [Self; 6] =
         [Self::Stop, Self::Length, Self::ToolCalls, Self::ContentFilter, Self::Abort, Self::Other];
@@ -104,6 +103,10 @@ pub struct Facts {
 impl Facts {
     pub fn new(words: Words) -> Self {
         Self { words, prompt: None, completion: None, reason: None, tail: [0; LONGEST], tail_length: 0 }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.prompt.is_none() && self.completion.is_none() && self.reason.is_none()
     }
 
     pub fn scan(&mut self, piece: &[u8]) {
