@@ -15,6 +15,8 @@ mod call;
 mod control;
 mod error;
 mod framing;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod headers;
 mod line;
 mod metrics;
