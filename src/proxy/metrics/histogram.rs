@@ -38,6 +38,10 @@ impl Histogram {
         self.micros.fetch_add(took.as_micros() as u64, Relaxed);
     }
 
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().map(|bucket| bucket.load(Relaxed)).sum()
+    }
+
     /// So many that took no time.
     pub fn observe_none(&self, count: u64) {
         if count > 0 {

@@ -131,7 +131,10 @@ pub fn write(out: &mut String, workers: &[Arc<Counters>], names: &[String]) {
         begin(out, name, "histogram", help);
         for (labels, parts) in &found {
             let parts: Vec<&Histogram> = parts.iter().map(|part| pick(part)).collect();
-            histogram::write(out, name, labels, &parts);
+            // An answer that is no stream tells tokens and no times.
+            if parts.iter().any(|part| part.count() > 0) {
+                histogram::write(out, name, labels, &parts);
+            }
         }
     }
     let counter = |out: &mut String, name: &str, labels: &str, parts: &[&Series], pick: &dyn Fn(&Series) -> u64| {
