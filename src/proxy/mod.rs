@@ -11,6 +11,7 @@
 
 mod answer;
 mod auth;
+mod call;
 mod control;
 mod error;
 mod framing;
@@ -22,6 +23,7 @@ mod metrics;
 pub mod peek;
 mod routes;
 mod service;
+mod sse;
 mod state;
 mod tap;
 mod transport;

@@ -47,6 +47,10 @@ pub struct Timings {
     /// An engine silent for this long in mid-answer has lost the answer. Longer than any prefill:
     /// native streams send their head before it.
     pub engine_silence: Duration,
+    /// A client whose stream says nothing for this long is told that it is still there, the first time
+    /// by the beginning of an answer that the engine has not begun. Well below what balancers and
+    /// gateways allow a silent connection (60 s mostly).
+    pub keep_alive: Duration,
     /// A supervisor that said nothing for this long is stuck: it speaks each second.
     pub supervisor_silence: Duration,
     /// Handshakes that one worker has under way at most.
@@ -58,6 +62,7 @@ impl Default for Timings {
         Self {
             client: Patience::default(),
             engine_silence: Duration::from_mins(15),
+            keep_alive: Duration::from_secs(15),
             supervisor_silence: Duration::from_secs(10),
             handshakes: 512,
         }
