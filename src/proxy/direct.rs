@@ -32,14 +32,18 @@ pub enum Leave {
 }
 
 impl Leave {
-    /// Only a stream is worth it, and only a plain one: chunked, behind a request that is read to its
-    /// end, on a connection that goes on afterwards.
-    pub fn after(request: &Parts, response: &Response<Answer>) -> Self {
+    /// Whether a stream may leave after this request: only where the connection goes on afterwards.
+    pub fn after(request: &Parts) -> Self {
         let plain = request.version == Version::HTTP_11
             && request.method != Method::HEAD
-            && !request.headers.contains_key(CONNECTION)
-            && !response.headers().contains_key(CONNECTION);
-        if plain && response.body().is_endless() { Self::Yes } else { Self::No }
+            && !request.headers.contains_key(CONNECTION);
+        if plain { Self::Yes } else { Self::No }
+    }
+
+    /// Only a stream is worth it, and only behind a request that is read to its end.
+    pub fn with(self, response: &Response<Answer>) -> Self {
+        let goes_on = !response.headers().contains_key(CONNECTION);
+        if goes_on && response.body().is_endless() { self } else { Self::No }
     }
 }
 
