@@ -14,6 +14,8 @@ mod auth;
 mod control;
 mod error;
 mod framing;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod headers;
 mod line;
 mod metrics;

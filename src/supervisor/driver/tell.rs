@@ -1,6 +1,9 @@
 //! What the driver tells the world: status page, proxy, systemd, log.
 
+use std::io::IsTerminal as _;
+
 use super::{Config, Driver, Env, Facts, headline};
+use crate::link::EngineState;
 
 impl Driver {
     pub(super) fn publish(&mut self) {
@@ -41,7 +44,12 @@ impl Driver {
         );
         if gist != self.headline {
             self.headline = gist;
-            tracing::info!("{line}");
+            if status.weights.is_some() && status.state == EngineState::Fetching && std::io::stderr().is_terminal() {
+                // The fetcher draws its bars there, and a line in between would leave half of them behind.
+                tracing::debug!("{line}");
+            } else {
+                tracing::info!("{line}");
+            }
         }
         self.engine_view.send_if_modified(|old| {
             let changed = *old != view;
