@@ -251,28 +251,24 @@ impl Future for Entry {
                 }
             }
         }
-        match inner.slots.get_mut(&id) {
-            Some(Slot::Waiting(waker)) => {
-                match waker {
-                    Some(known) => known.clone_from(cx.waker()),
-                    None => *waker = Some(cx.waker().clone()),
-                }
-                Poll::Pending
+        if let Some(Slot::Waiting(waker)) = inner.slots.get_mut(&id) {
+            match waker {
+                Some(known) => known.clone_from(cx.waker()),
+                None => *waker = Some(cx.waker().clone()),
             }
-            _ => {
-                let slot = inner.slots.remove(&id);
-                let retry_after = || retry_after(&inner.queue, self.caller.key);
-                let outcome = match slot {
-                    Some(Slot::Admitted { places }) => Ok(places),
-                    Some(Slot::Expired(bound)) => Err(Refused::Expired { retry_after: retry_after(), bound }),
-                    Some(Slot::Displaced) => Err(Refused::Displaced { retry_after: retry_after() }),
-                    Some(Slot::Waiting(_) | Slot::TurnedAway) | None => Err(Refused::TurnedAway),
-                };
-                drop(inner);
-                self.state = EntryState::Done;
-                Poll::Ready(outcome.map(|places| self.ticket(places, Some(ahead))))
-            }
+            return Poll::Pending;
         }
+        let slot = inner.slots.remove(&id);
+        let retry_after = || retry_after(&inner.queue, self.caller.key);
+        let outcome = match slot {
+            Some(Slot::Admitted { places }) => Ok(places),
+            Some(Slot::Expired(bound)) => Err(Refused::Expired { retry_after: retry_after(), bound }),
+            Some(Slot::Displaced) => Err(Refused::Displaced { retry_after: retry_after() }),
+            Some(Slot::Waiting(_) | Slot::TurnedAway) | None => Err(Refused::TurnedAway),
+        };
+        drop(inner);
+        self.state = EntryState::Done;
+        Poll::Ready(outcome.map(|places| self.ticket(places, Some(ahead))))
     }
 }
 

@@ -162,6 +162,10 @@ pub fn run(args: PlanArgs) -> Exit {
             return Exit::Config;
         }
     };
+    if let Err(error) = super::keys::check(&loaded.config) {
+        eprintln!("sglangd: {error}");
+        return Exit::Config;
+    }
     let source = match installed_table(&loaded.config.engine, folders.inspect_cache(), INSPECT_LIMIT) {
         Ok(source) => source,
         Err(error) => {
@@ -260,6 +264,7 @@ fn plan(
     warnings.extend(source.warning.clone());
     warnings.extend(resolved.warnings.iter().cloned());
     warnings.extend(env::warnings(config));
+    warnings.extend(config.exposure());
     let plan = Plan {
         version: env!("CARGO_PKG_VERSION"),
         config_files: loaded.files.clone(),

@@ -9,12 +9,12 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::time::{sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 use super::exit::Exit;
 use crate::config::{Color, LogFormat, Needs, Sources, WhenMissing, load};
 use crate::link::{EngineState, EngineView, ProxySettings, Upstream};
-use crate::proxy::{Listener, Proxy, Supervision, Timings, linked};
+use crate::proxy::{KEYS_LOOK, Listener, Proxy, Supervision, Timings, linked};
 use crate::sys::{fd, seccomp};
 
 #[derive(Debug, Args)]
@@ -94,7 +94,7 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
         tracing::warn!(%address, "everybody who reaches this address may use the engine: set auth.keys_file");
     }
     tracing::info!(%address, engine = %upstream, "proxying");
-    runtime.block_on(until_stopped(&proxy, signals, Duration::from_secs(args.grace)));
+    runtime.block_on(until_stopped(&mut proxy, args, signals));
     proxy.close();
     Ok(Exit::Ok)
 }
@@ -105,8 +105,13 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
-    /// Caught and not looked at: a terminal that closes is no reason to stop.
-    _hangup: Signal,
+    /// Read the settings anew. A terminal that closes is no reason to stop.
+    reload: Signal,
+}
+
+enum Wish {
+    Stop,
+    Reload,
 }
 
 impl Signals {
@@ -114,8 +119,16 @@ impl Signals {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
-            _hangup: signal(SignalKind::hangup())?,
+            reload: signal(SignalKind::hangup())?,
         })
+    }
+
+    async fn next(&mut self) -> Wish {
+        tokio::select! {
+            _ = self.terminate.recv() => Wish::Stop,
+            _ = self.interrupt.recv() => Wish::Stop,
+            _ = self.reload.recv() => Wish::Reload,
+        }
     }
 
     async fn stop(&mut self) {
@@ -126,9 +139,33 @@ impl Signals {
     }
 }
 
-/// Serves until SIGTERM or SIGINT, then drains within `grace`; a second signal ends at once.
-async fn until_stopped(proxy: &Proxy, mut signals: Signals, grace: Duration) {
-    signals.stop().await;
+/// Limits and keys go live; what is wrong changes nothing.
+fn reload(proxy: &mut Proxy, args: &ProxyArgs) {
+    let outcome = settings(&args.config).and_then(|(settings, _)| Ok(proxy.settings(settings)?));
+    match outcome {
+        Ok(()) => tracing::info!("settings and keys reloaded"),
+        Err(error) => tracing::error!("not reloaded, everything stays as it was: {error:#}"),
+    }
+}
+
+/// Serves until SIGTERM or SIGINT, then drains within the grace; a second signal ends at once.
+async fn until_stopped(proxy: &mut Proxy, args: &ProxyArgs, mut signals: Signals) {
+    let grace = Duration::from_secs(args.grace);
+    let mut look = interval(KEYS_LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            wish = signals.next() => match wish {
+                Wish::Stop => break,
+                Wish::Reload => reload(proxy, args),
+            },
+            _ = look.tick() => match proxy.look_at_keys() {
+                Some(Ok(())) => tracing::info!("keys reloaded"),
+                Some(Err(error)) => tracing::error!("the keys stay as they were: {error}"),
+                None => {}
+            },
+        }
+    }
     tracing::info!("draining");
     proxy.drain();
     tokio::select! {

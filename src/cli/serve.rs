@@ -60,6 +60,10 @@ pub fn run(mut args: ServeArgs) -> Exit {
         eprint!("{complaint}");
         return Exit::Config;
     }
+    if let Err(error) = super::keys::check(&loaded.config) {
+        eprintln!("sglangd: {error}");
+        return Exit::Config;
+    }
     let bound = match bind::all(&loaded.config, &folders) {
         Ok(bound) => bound,
         Err(error) => {
@@ -70,7 +74,7 @@ pub fn run(mut args: ServeArgs) -> Exit {
     for notice in &loaded.notices {
         tracing::info!("{notice}");
     }
-    for warning in &loaded.warnings {
+    for warning in loaded.warnings.iter().chain(&loaded.config.exposure()) {
         tracing::warn!("{warning}");
     }
     greet(&loaded, &bound);

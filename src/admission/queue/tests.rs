@@ -1,4 +1,5 @@
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
 use std::num::NonZeroU32;
 
 use proptest::prelude::*;
@@ -259,15 +260,15 @@ fn keys_share_the_engines_time_by_weight_and_not_by_request() {
     let mut random = 7u64;
     let mut held = [0u64; KEYS.len()];
     // When each open request ends, and whose it is.
-    let mut open: std::collections::BinaryHeap<std::cmp::Reverse<(u64, usize, u64)>> = Default::default();
+    let mut open: BinaryHeap<Reverse<(u64, usize, u64)>> = BinaryHeap::default();
     let mut now = 0;
-    let mut start = |queue: &mut Queue, open: &mut std::collections::BinaryHeap<_>, now: u64| {
+    let mut start = |queue: &mut Queue, open: &mut BinaryHeap<_>, now: u64| {
         while let Some((id, 1)) = queue.admit_next() {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let at = id.key.0 as usize - 1;
             // Half to one and a half of the key's own length.
             let takes = KEYS[at].1 * 1000 * (500 + (random >> 33) % 1000) / 1000;
-            open.push(std::cmp::Reverse((now + takes, at, takes)));
+            open.push(Reverse((now + takes, at, takes)));
         }
     };
     queue.set_gate(Gate::Closed);
@@ -279,7 +280,7 @@ fn keys_share_the_engines_time_by_weight_and_not_by_request() {
     queue.set_gate(Gate::Open);
     start(&mut queue, &mut open, now);
     while now < 20_000_000 {
-        let Some(std::cmp::Reverse((end, at, takes))) = open.pop() else { panic!("places stay empty") };
+        let Some(Reverse((end, at, takes))) = open.pop() else { panic!("places stay empty") };
         now = end;
         if now > 2_000_000 {
             held[at] += takes;
