@@ -166,6 +166,13 @@ pub fn run(args: PlanArgs) -> Exit {
         eprintln!("sglangd: {error}");
         return Exit::Config;
     }
+    let certificate = match super::certificate::check(&loaded) {
+        Ok(warnings) => warnings,
+        Err(complaint) => {
+            eprint!("{complaint}");
+            return Exit::Config;
+        }
+    };
     let source = match installed_table(&loaded.config.engine, folders.inspect_cache(), INSPECT_LIMIT) {
         Ok(source) => source,
         Err(error) => {
@@ -184,6 +191,7 @@ pub fn run(args: PlanArgs) -> Exit {
         }
     };
     let (mut plan, spec) = plan(&loaded, &source, &resolved, &folders, &sources.env);
+    plan.warnings.extend(certificate);
     let mut exit = Exit::Ok;
     if args.check {
         let words = &spec.argv[loaded.config.engine.command.len()..];

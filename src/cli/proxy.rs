@@ -14,7 +14,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use super::exit::Exit;
 use crate::config::{Color, LogFormat, Needs, Sources, WhenMissing, load};
 use crate::link::{EngineState, EngineView, ProxySettings, Upstream};
-use crate::proxy::{KEYS_LOOK, Listener, Proxy, Supervision, Timings, linked};
+use crate::proxy::{CERTIFICATE_LOOK, Listener, Proxy, Supervision, Timings, linked};
 use crate::sys::{fd, seccomp};
 
 #[derive(Debug, Args)]
@@ -94,7 +94,7 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
         tracing::warn!(%address, "everybody who reaches this address may use the engine: set auth.keys_file");
     }
     tracing::info!(%address, engine = %upstream, "proxying");
-    runtime.block_on(until_stopped(&mut proxy, args, signals));
+    runtime.block_on(until_stopped(&mut proxy, signals, Duration::from_secs(args.grace), &args.config));
     proxy.close();
     Ok(Exit::Ok)
 }
@@ -105,13 +105,8 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
-    /// Read the settings anew. A terminal that closes is no reason to stop.
-    reload: Signal,
-}
-
-enum Wish {
-    Stop,
-    Reload,
+    /// Limits, keys and certificates are read again; a terminal that closes is no reason to stop.
+    hangup: Signal,
 }
 
 impl Signals {
@@ -119,16 +114,8 @@ impl Signals {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
-            reload: signal(SignalKind::hangup())?,
+            hangup: signal(SignalKind::hangup())?,
         })
-    }
-
-    async fn next(&mut self) -> Wish {
-        tokio::select! {
-            _ = self.terminate.recv() => Wish::Stop,
-            _ = self.interrupt.recv() => Wish::Stop,
-            _ = self.reload.recv() => Wish::Reload,
-        }
     }
 
     async fn stop(&mut self) {
@@ -139,31 +126,16 @@ impl Signals {
     }
 }
 
-/// Limits and keys go live; what is wrong changes nothing.
-fn reload(proxy: &mut Proxy, args: &ProxyArgs) {
-    let outcome = settings(&args.config).and_then(|(settings, _)| Ok(proxy.settings(settings)?));
-    match outcome {
-        Ok(()) => tracing::info!("settings and keys reloaded"),
-        Err(error) => tracing::error!("not reloaded, everything stays as it was: {error:#}"),
-    }
-}
-
-/// Serves until SIGTERM or SIGINT, then drains within the grace; a second signal ends at once.
-async fn until_stopped(proxy: &mut Proxy, args: &ProxyArgs, mut signals: Signals) {
-    let grace = Duration::from_secs(args.grace);
-    let mut look = interval(KEYS_LOOK);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+/// Serves until SIGTERM or SIGINT, then drains within `grace`; a second signal ends at once.
+async fn until_stopped(proxy: &mut Proxy, mut signals: Signals, grace: Duration, config: &super::ConfigArgs) {
+    let mut files = interval(CERTIFICATE_LOOK);
+    files.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            wish = signals.next() => match wish {
-                Wish::Stop => break,
-                Wish::Reload => reload(proxy, args),
-            },
-            _ = look.tick() => match proxy.look_at_keys() {
-                Some(Ok(())) => tracing::info!("keys reloaded"),
-                Some(Err(error)) => tracing::error!("the keys stay as they were: {error}"),
-                None => {}
-            },
+            _ = signals.terminate.recv() => break,
+            _ = signals.interrupt.recv() => break,
+            _ = signals.hangup.recv() => reload(proxy, config),
+            _ = files.tick(), if proxy.has_files() => look_at_files(proxy),
         }
     }
     tracing::info!("draining");
@@ -178,6 +150,24 @@ async fn until_stopped(proxy: &mut Proxy, args: &ProxyArgs, mut signals: Signals
             sleep(Duration::from_millis(20)).await;
         }
         () = signals.stop() => {}
+    }
+}
+
+fn look_at_files(proxy: &mut Proxy) {
+    proxy.look_at_certificate();
+    match proxy.look_at_keys() {
+        None => {}
+        Some(Ok(())) => tracing::info!("the keys were read again"),
+        Some(Err(error)) => tracing::error!("the new keys are not used, the old ones stay: {error}"),
+    }
+}
+
+/// A wrong file changes nothing.
+fn reload(proxy: &mut Proxy, config: &super::ConfigArgs) {
+    let outcome = settings(config).and_then(|(settings, _)| proxy.settings(settings).map_err(Into::into));
+    match outcome {
+        Ok(()) => tracing::info!("configuration reloaded"),
+        Err(error) => tracing::error!("the configuration was not reloaded, everything stays as it was: {error:#}"),
     }
 }
 
@@ -224,5 +214,6 @@ fn settings(args: &super::ConfigArgs) -> anyhow::Result<(ProxySettings, Duration
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
+    super::certificate::check(&loaded).map_err(|complaint| Wrong(Exit::Config, complaint))?;
     Ok((ProxySettings::from(&loaded.config), loaded.config.limits.hold))
 }

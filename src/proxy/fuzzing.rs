@@ -22,6 +22,7 @@ use hyper::service::service_fn;
 
 use super::framing::{Checker, MAX_HEAD, Step};
 use super::routes::{self, Decision};
+use super::sse::{Grammar, Scanner, Words};
 use super::upstream::decode::{Decoder, Framing, Malformed};
 use super::upstream::head as engine_head;
 
@@ -155,4 +156,26 @@ pub fn routes(bytes: &[u8]) {
     let decoded = path.to_ascii_lowercase().replace("%2e", ".").replace("%2f", "/").replace("%5c", "\\");
     assert!(!decoded.split(['/', '\\']).any(|segment| segment == "." || segment == ".."), "{path:?}");
     assert_eq!(decoded, path.to_ascii_lowercase(), "something was hidden: {path:?}");
+}
+
+/// A stream's events are the same, however its bytes are cut; the first two bytes say where.
+pub fn events(bytes: &[u8]) {
+    let Some((&[first, second], bytes)) = bytes.split_first_chunk::<2>() else { return };
+    for grammar in [Grammar::Events, Grammar::Lines] {
+        let whole = scanned(grammar, bytes, bytes.len().max(1));
+        for step in [1, 1 + usize::from(first) % 64, 1 + usize::from(second)] {
+            assert_eq!(whole, scanned(grammar, bytes, step), "cut each {step} bytes");
+        }
+    }
+    for words in [Words::Common, Words::Ollama] {
+        Scanner::new(Grammar::Document, words).scan(bytes);
+    }
+}
+
+/// How many events, whether one of ours may follow, and whether the stream said that it is done.
+fn scanned(grammar: Grammar, bytes: &[u8], step: usize) -> (u64, bool, bool) {
+    let mut scanner = Scanner::new(grammar, Words::Common);
+    let events = bytes.chunks(step).map(|piece| scanner.scan(piece)).sum();
+    assert_eq!(events, scanner.events());
+    (events, scanner.is_between_events(), scanner.is_done())
 }

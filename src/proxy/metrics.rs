@@ -6,12 +6,17 @@
 use std::fmt::Write as _;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
 
 use http::StatusCode;
 
 use super::routes;
 use crate::admission::KeyId;
+
+mod histogram;
+mod told;
+
+use histogram::{Histogram, Pick};
+use told::Told;
 
 const CLASSES: [&str; 6] = ["1xx", "2xx", "3xx", "4xx", "5xx", "left"];
 /// The routes of the allow-list, then: our own, refused by name, unknown.
@@ -68,29 +73,12 @@ impl Default for KeyCounts {
     }
 }
 
-/// Upper bounds in seconds. From a fraction of the proxy's own cost to the worst prefill.
-const BOUNDS: [f64; 14] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
-
-#[derive(Debug, Default)]
-pub struct Histogram {
-    buckets: [AtomicU64; BOUNDS.len() + 1],
-    micros: AtomicU64,
-}
-
-impl Histogram {
-    pub fn observe(&self, took: Duration) {
-        let seconds = took.as_secs_f64();
-        let at = BOUNDS.iter().position(|bound| seconds <= *bound).unwrap_or(BOUNDS.len());
-        self.buckets[at].fetch_add(1, Relaxed);
-        self.micros.fetch_add(took.as_micros() as u64, Relaxed);
-    }
-}
-
 /// The counts of one worker.
 #[derive(Debug)]
 pub struct Counters {
     /// By key; made when the key is first seen.
     keys: Box<[OnceLock<Box<KeyCounts>>]>,
+    pub told: Told,
     pub wait: Histogram,
     pub first_byte: Histogram,
     /// Requests open now: those whose answer is not at its end.
@@ -104,6 +92,8 @@ pub struct Counters {
     pub upstream_connects: AtomicU64,
     pub client_aborts: AtomicU64,
     pub interrupted: AtomicU64,
+    /// Streams begun before the engine's head.
+    pub early: AtomicU64,
     pub served: AtomicU64,
     /// Milliseconds since the proxy's start, plus one; zero: never.
     pub last_byte: AtomicU64,
@@ -115,6 +105,7 @@ impl Default for Counters {
         let zero = || AtomicU64::new(0);
         Self {
             keys: (0..=KEYS).map(|_| OnceLock::new()).collect(),
+            told: Told::default(),
             wait: Histogram::default(),
             first_byte: Histogram::default(),
             open_answers: zero(),
@@ -127,6 +118,7 @@ impl Default for Counters {
             upstream_connects: zero(),
             client_aborts: zero(),
             interrupted: zero(),
+            early: zero(),
             served: zero(),
             last_byte: zero(),
             last_request: zero(),
@@ -182,7 +174,7 @@ pub fn page(workers: &[std::sync::Arc<Counters>], gauges: &Gauges, names: &[Stri
         if counts.is_empty() {
             continue;
         }
-        let of_key = key_label(key, names);
+        let of_key = key_label(key, KEYS, names);
         for row in 0..LABELS {
             for (class, class_name) in CLASSES.iter().enumerate() {
                 let count: u64 = counts.iter().map(|counts| counts.requests[row][class].load(Relaxed)).sum();
@@ -215,7 +207,7 @@ pub fn page(workers: &[std::sync::Arc<Counters>], gauges: &Gauges, names: &[Stri
             let value = if pick == 1 { u64::from(*open) } else { *waiting as u64 };
             match key.0 as usize {
                 0 => {}
-                key if key < KEYS => line(&mut out, name, &format!("{{{}}}", &key_label(key, names)[1..]), value),
+                key if key < KEYS => line(&mut out, name, &format!("{{{}}}", &key_label(key, KEYS, names)[1..]), value),
                 _ => others += value,
             }
         }
@@ -244,21 +236,34 @@ pub fn page(workers: &[std::sync::Arc<Counters>], gauges: &Gauges, names: &[Stri
         ("upstream_connects_total", "counter", "Connections made to the engine.", sum(|w| &w.upstream_connects)),
         ("client_aborts_total", "counter", "Clients that left before their answer's end.", sum(|w| &w.client_aborts)),
         ("streams_interrupted_total", "counter", "Answers that ended without their end.", sum(|w| &w.interrupted)),
+        (
+            "streams_begun_early_total",
+            "counter",
+            "Streams begun before the engine answered, to keep the connection alive.",
+            sum(|w| &w.early),
+        ),
         ("requests_served_total", "counter", "Requests answered by the engine to the end.", sum(|w| &w.served)),
     ] {
         begin(&mut out, name, kind, help);
         line(&mut out, name, "", value);
     }
-    histogram(&mut out, "queue_wait_seconds", "Wait for a place.", workers, |w| &w.wait);
-    histogram(&mut out, "first_byte_seconds", "From place to the answer's first byte.", workers, |w| &w.first_byte);
+    let histograms: [(&str, &str, Pick<Counters>); 2] = [
+        ("queue_wait_seconds", "Wait for a place.", |w| &w.wait),
+        ("first_byte_seconds", "From place to the answer's first byte.", |w| &w.first_byte),
+    ];
+    for (name, help, pick) in histograms {
+        begin(&mut out, name, "histogram", help);
+        histogram::write(&mut out, name, "", &workers.iter().map(|worker| pick(worker)).collect::<Vec<_>>());
+    }
+    told::write(&mut out, workers, names);
     out
 }
 
-/// `,key="NAME"`; nothing where no key was shown.
-fn key_label(key: usize, names: &[String]) -> String {
+/// `,key="NAME"`; nothing where no key was shown. From `others` on all share one name.
+fn key_label(key: usize, others: usize, names: &[String]) -> String {
     let name = match key {
         0 => return String::new(),
-        KEYS => OTHERS,
+        key if key >= others => OTHERS,
         key => names.get(key).map_or("", String::as_str),
     };
     let escaped = name.replace('\\', "\\\\").replace('"', "\\\"");
@@ -274,28 +279,10 @@ fn line(out: &mut String, name: &str, labels: &str, value: u64) {
     let _ = writeln!(out, "sglangd_{name}{labels} {value}");
 }
 
-fn histogram(
-    out: &mut String,
-    name: &str,
-    help: &str,
-    workers: &[std::sync::Arc<Counters>],
-    pick: fn(&Counters) -> &Histogram,
-) {
-    begin(out, name, "histogram", help);
-    let mut count = 0;
-    for at in 0..=BOUNDS.len() {
-        count += workers.iter().map(|worker| pick(worker).buckets[at].load(Relaxed)).sum::<u64>();
-        let bound = BOUNDS.get(at).map_or_else(|| "+Inf".to_owned(), f64::to_string);
-        line(out, &format!("{name}_bucket"), &format!("{{le=\"{bound}\"}}"), count);
-    }
-    let micros: u64 = workers.iter().map(|worker| pick(worker).micros.load(Relaxed)).sum();
-    let _ = writeln!(out, "sglangd_{name}_sum {}", micros as f64 / 1e6);
-    line(out, &format!("{name}_count"), "", count);
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::time::Duration;
 
     use super::*;
 

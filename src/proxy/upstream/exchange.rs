@@ -9,6 +9,7 @@ use std::future::{Future as _, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
+use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -21,6 +22,7 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::head::{self, BadHead, Head, Reuse};
 use super::{Connection, History, Pool, connect};
+use crate::proxy::call::Call;
 use crate::proxy::headers::BodyFraming;
 use crate::proxy::line::{Lost, Upload};
 use crate::proxy::metrics::Counters;
@@ -65,6 +67,8 @@ pub enum BodyFault {
 /// The client's body on its way to the engine.
 #[derive(Debug)]
 pub struct Outgoing {
+    /// Is told whether it asks for a stream.
+    call: Rc<Call>,
     body: Upload,
     framing: BodyFraming,
     max: u64,
@@ -93,9 +97,10 @@ enum End {
 }
 
 impl Outgoing {
-    pub fn new(body: Upload, framing: BodyFraming, max: u64, patience: Duration) -> Self {
+    pub fn new(call: Rc<Call>, body: Upload, framing: BodyFraming, max: u64, patience: Duration) -> Self {
         let end = if framing == BodyFraming::None { End::Reached } else { End::Open };
         Self {
+            call,
             body,
             framing,
             max,
@@ -132,26 +137,30 @@ impl Outgoing {
                 self.last = Some(Vec::new());
                 self.keep_last(&data);
             }
+            self.tell();
             self.ahead_bytes += data.len();
             self.ahead.push_back(data);
         }
         Ok(())
     }
 
-    #[allow(dead_code)] // admission is about to ask
+    /// Looks at the body's end alone, once it has passed.
+    pub fn look_at_end(&mut self) {
+        self.last = Some(Vec::new());
+    }
+
     /// What the body says about the request, as far as it was looked at.
     pub fn peek(&self) -> Peek {
         self.peek
     }
 
-    #[allow(dead_code)] // keep-alives are about to ask
-    /// Whether the client asks for a stream, as far as is known by now: a prompt may hide it until the
-    /// whole body has passed.
-    pub fn asks_for_stream(&self) -> Stream {
-        match (self.peek.stream, &self.last) {
+    /// Says whether the client asks for a stream, as far as is known by now: a prompt may hide it until
+    /// the whole body has passed.
+    fn tell(&self) {
+        self.call.asks.set(match (self.peek.stream, &self.last) {
             (Stream::Unknown, Some(last)) if self.end == End::Reached => peek::stream_at_end(last),
             (known, _) => known,
-        }
+        });
     }
 
     fn keep_last(&mut self, data: &[u8]) {
@@ -224,7 +233,10 @@ impl Outgoing {
                 return Poll::Ready(None);
             }
             match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
-                None => self.end = End::Reached,
+                None => {
+                    self.end = End::Reached;
+                    self.tell();
+                }
                 Some(Err(error)) => return Poll::Ready(Some(Err(BodyFault::Broken(error)))),
                 // Trailers are dropped: merged into headers they could forge them.
                 Some(Ok(frame)) => {
@@ -239,6 +251,7 @@ impl Outgoing {
                     self.keep_last(&data);
                     if self.body.is_end_stream() && self.framing != BodyFraming::Chunked {
                         self.end = End::Reached;
+                        self.tell();
                     }
                     return Poll::Ready(Some(Ok(data)));
                 }
