@@ -7,6 +7,8 @@ mod harness;
 mod architecture;
 mod config_faults;
 mod engine_faults;
+mod http2_faults;
+mod http2_rules;
 mod http_faults;
 mod limits_faults;
 mod main_job;

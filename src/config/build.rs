@@ -15,6 +15,7 @@ use super::{
     Auth, Config, Download, Engine, Flags, Health, Limits, Listen, LogFormat, Model, ModelSource, Observe, OnGiveUp,
     Restart, Shutdown, Start, UnknownFlags, Weights, units,
 };
+use crate::link::Http2;
 
 /// The least grace: streams are cut 8 s and everything is killed 2 s before its end.
 const MIN_GRACE: Duration = Duration::from_secs(10);
@@ -59,7 +60,11 @@ impl<'a> Builder<'a> {
                     .choice("engine.unknown_flags", &[("refuse", UnknownFlags::Refuse), ("pass", UnknownFlags::Pass)]),
                 env: self.environment(),
             },
-            listen: Listen { public: self.address("listen.public"), admin: self.address("listen.admin") },
+            listen: Listen {
+                public: self.address("listen.public"),
+                admin: self.address("listen.admin"),
+                http2: self.choice("listen.http2", &[("on", Http2::On), ("off", Http2::Off)]),
+            },
             limits: Limits {
                 max: self.count("limits.max", 1, 100_000),
                 target: self.count("limits.target", 1, 100_000),

@@ -51,6 +51,7 @@ pub const KEYS: &[Key] = &[
     Key { path: "engine.env", shape: Shape::Environment, default: None, is: "environment variables: NAME: value" },
     scalar("listen.public", "0.0.0.0:8000", "ADDRESS:PORT"),
     scalar("listen.admin", "127.0.0.1:8001", "ADDRESS:PORT"),
+    scalar("listen.http2", "on", "`on` or `off`"),
     scalar("limits.max", "32", "a number from 1 to 100000"),
     scalar("limits.target", "10", "a number from 1 to 100000"),
     scalar("limits.queue", "256", "a number from 0 to 1000000"),

@@ -22,6 +22,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::link::Http2;
+
 pub use error::{Color, ConfigError, Mistake, nearest};
 pub use layers::is_negative_number;
 pub use load::{Loaded, Lost, Needs, Origin, SHIPPED, Sources, User, WhenMissing, flag_text, load};
@@ -133,6 +135,7 @@ pub struct Listen {
     pub public: SocketAddr,
     /// Status and metrics.
     pub admin: SocketAddr,
+    pub http2: Http2,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -250,6 +253,7 @@ impl From<&Config> for crate::link::ProxySettings {
             max_body: config.limits.max_body,
             keys_file: config.auth.keys_file.clone(),
             workers: config.limits.workers.unwrap_or(cores),
+            http2: config.listen.http2,
         }
     }
 }

@@ -142,6 +142,16 @@ pub struct ProxySettings {
     pub keys_file: Option<PathBuf>,
     /// Worker threads.
     pub workers: usize,
+    /// Whether clients may speak HTTP/2 on the public port.
+    pub http2: Http2,
+}
+
+/// Whether HTTP/2 is spoken beside HTTP/1.1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Http2 {
+    On,
+    Off,
 }
 
 /// From the supervisor to the proxy.

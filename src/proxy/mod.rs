@@ -15,6 +15,7 @@ mod control;
 mod error;
 mod framing;
 mod headers;
+mod http2;
 mod line;
 mod metrics;
 mod routes;

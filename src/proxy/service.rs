@@ -153,6 +153,10 @@ async fn decide(
 async fn watched<F: Future>(peer: &Peer, future: F) -> Result<F::Output, Stop> {
     let mut future = pin!(future);
     poll_fn(|cx| {
+        // A place that becomes free for one who has left is not to be taken to the engine.
+        if peer.line.has_left() {
+            return Poll::Ready(Err(Stop::Left));
+        }
         if let Poll::Ready(outcome) = future.as_mut().poll(cx) {
             return Poll::Ready(Ok(outcome));
         }

@@ -14,7 +14,7 @@ use super::auth::{Exposure, Keys, KeysError};
 use super::metrics::{self, Counters, Gauges};
 use super::tap::Patience;
 use crate::admission::{Admission, Limits};
-use crate::link::{EngineView, Gate, ProxySettings, Traffic};
+use crate::link::{EngineView, Gate, Http2, ProxySettings, Traffic};
 
 /// Whether requests are admitted, and what becomes of those that were.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,6 +91,7 @@ fn no_settings() -> ProxySettings {
         max_body: u64::MAX, // nothing is read before there is a place
         keys_file: None,
         workers: 1,
+        http2: Http2::On,
     }
 }
 

@@ -46,6 +46,8 @@ pub struct Wire {
     ended: Cell<bool>,
     /// A request has come.
     asked: Cell<bool>,
+    /// What was read, where it turned out to be HTTP/2.
+    turned: Cell<Option<Vec<u8>>>,
 }
 
 impl fmt::Debug for Wire {
@@ -64,6 +66,7 @@ impl Wire {
             leaving: RefCell::new(None),
             ended: Cell::new(false),
             asked: Cell::new(false),
+            turned: Cell::new(None),
         })
     }
 
@@ -134,6 +137,15 @@ impl Wire {
     /// Whether the client was seen to have closed its side.
     pub fn has_ended(&self) -> bool {
         self.ended.get()
+    }
+
+    /// This is no HTTP/1: its first bytes, for who speaks HTTP/2.
+    pub fn turn(&self, early: Vec<u8>) {
+        self.turned.set(Some(early));
+    }
+
+    pub fn turned(&self) -> Option<Vec<u8>> {
+        self.turned.take()
     }
 
     pub fn flushes(&self) -> u64 {

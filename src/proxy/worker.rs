@@ -13,7 +13,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::task::Waker;
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use http::Request;
@@ -24,15 +24,17 @@ use tokio::task::{spawn_local, yield_now};
 use tokio::time::{Instant, sleep};
 
 use super::framing::MAX_HEAD;
+use super::http2;
 use super::line::{Line, Upload};
 use super::metrics::Counters;
 use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
-use super::tap::Tap;
+use super::tap::{Preface, Tap};
 use super::transport::listener::{Accepting, Listener};
 use super::transport::socket::Socket;
 use super::upstream::Pool;
 use super::wire::{self, Wire};
+use crate::link::Http2;
 
 /// After a failed accept (no descriptors): long enough to let some connection end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -86,7 +88,7 @@ impl Worker {
         self.shared.stamp(at)
     }
 
-    fn is_serving(&self) -> bool {
+    pub fn is_serving(&self) -> bool {
         *self.mode.borrow() == Mode::Serving
     }
 
@@ -174,31 +176,43 @@ async fn converse(worker: Rc<Worker>, socket: Socket, address: Option<IpAddr>) {
     let socket = Rc::new(socket);
     let client = Wire::new(Rc::clone(&socket));
     {
-        let tap = Tap::new(Rc::clone(&client), worker.shared.timings.client);
-        let peer = Rc::new(Peer { worker: Rc::clone(&worker), line: Line::Http1(Rc::clone(&client)), address });
-        let service =
-            service_fn(move |request| service::answer(Rc::clone(&peer), Request::map(request, Upload::Http1)));
-        let mut connection = pin!(worker.http.serve_connection(tap, service));
-        let mut registered = None;
-        // Who connects during a drain is answered; only what was open before is let go.
-        let mut farewell = if worker.is_serving() { Farewell::Due } else { Farewell::Said };
-        let outcome = poll_fn(|cx| {
-            registered.get_or_insert_with(|| Registered::new(&worker, cx.waker()));
-            if farewell == Farewell::Due && !worker.is_serving() {
-                farewell = Farewell::Said;
-                // A client's first request may be on its way: it gets its refusal in words.
-                if client.was_asked() {
-                    connection.as_mut().graceful_shutdown();
-                }
-            }
-            connection.as_mut().poll(cx)
-        })
-        .await;
-        if let Err(error) = outcome {
-            tracing::debug!(%error, "a connection ended early");
+        let waker = poll_fn(|cx| Poll::Ready(cx.waker().clone())).await;
+        let _registered = Registered::new(&worker, &waker);
+        speak_http1(&worker, &client, address).await;
+        if let Some(early) = client.turned() {
+            let speaker = http2::Client { worker: Rc::clone(&worker), address };
+            http2::serve(Rc::new(speaker), Rc::clone(&client), early).await;
         }
     }
     if !client.has_ended() {
         wire::close(socket).await;
+    }
+}
+
+/// Until the connection's end, or until it turns out to be HTTP/2.
+async fn speak_http1(worker: &Rc<Worker>, client: &Rc<Wire>, address: Option<IpAddr>) {
+    let preface = match worker.shared.snapshot().settings.http2 {
+        Http2::On => Preface::Possible,
+        Http2::Off => Preface::Excluded,
+    };
+    let tap = Tap::new(Rc::clone(client), worker.shared.timings.client, preface);
+    let peer = Rc::new(Peer { worker: Rc::clone(worker), line: Line::Http1(Rc::clone(client)), address });
+    let service = service_fn(move |request| service::answer(Rc::clone(&peer), Request::map(request, Upload::Http1)));
+    let mut connection = pin!(worker.http.serve_connection(tap, service));
+    // Who connects during a drain is answered; only what was open before is let go.
+    let mut farewell = if worker.is_serving() { Farewell::Due } else { Farewell::Said };
+    let outcome = poll_fn(|cx| {
+        if farewell == Farewell::Due && !worker.is_serving() {
+            farewell = Farewell::Said;
+            // A client's first request may be on its way: it gets its refusal in words.
+            if client.was_asked() {
+                connection.as_mut().graceful_shutdown();
+            }
+        }
+        connection.as_mut().poll(cx)
+    })
+    .await;
+    if let Err(error) = outcome {
+        tracing::debug!(%error, "a connection ended early");
     }
 }

@@ -139,6 +139,12 @@ impl Connection {
         Some(head)
     }
 
+    /// Reads so many bytes behind a head.
+    pub fn bytes(&mut self, count: usize) {
+        while self.unread.len() < count && self.more() > 0 {}
+        self.unread.drain(..count.min(self.unread.len()));
+    }
+
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
         // A proxy that has gone is what some scripts are for.
         if self.stream.write_all(bytes.as_ref()).is_err() {

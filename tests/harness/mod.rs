@@ -5,6 +5,8 @@ pub mod client;
 pub mod daemon;
 pub mod engine;
 pub mod front;
+pub mod hpack;
+pub mod http2;
 pub mod hub;
 pub mod processes;
 pub mod scene;
