@@ -10,6 +10,7 @@ pub mod config;
 pub mod engine;
 pub mod exit;
 pub mod health;
+pub mod keys;
 pub mod launch;
 pub mod link;
 pub mod observe;

@@ -7,8 +7,8 @@ use crate::harness::hpack;
 use crate::harness::http2::{
     ACK, COMPRESSION_ERROR, CONTINUATION, Client, DATA, END_HEADERS, END_STREAM, End, FLOW_CONTROL_ERROR,
     FRAME_SIZE_ERROR, GOAWAY, Goodbye, HEADERS, NO_ERROR, PADDED, PING, PREFACE, PRIORITISED, PRIORITY, PROTOCOL_ERROR,
-    PUSH_PROMISE, REFUSED_STREAM, RST_STREAM, SETTINGS, STREAM_CLOSED, WINDOW_UPDATE, fields, frame, framed, get,
-    headers, ping, post, reset, settings, window_update,
+    PUSH_PROMISE, REFUSED_STREAM, RST_STREAM, SETTINGS, STREAM_CLOSED, WINDOW_UPDATE, fields, frame, get, headers,
+    ping, post, reset, settings, window_update,
 };
 
 const CHAT: &str = "/v1/chat/completions";

@@ -293,9 +293,18 @@ async fn sighup_takes_the_limits_and_names_what_must_wait() {
     let engine = status["engine"]["pid"].clone();
 
     let status =
-        reload(&mut daemon, "limits:\n  max: 6\nengine:\n  tp: 4\n", "live only after a restart: engine").await;
+        reload(&mut daemon, "limits:\n  max: 6\nengine:\n  tp: 4\n", "live only after a restart: engine.tp").await;
     assert_eq!(status["requests"]["max"], 6);
-    assert!(status["warnings"].to_string().contains("engine"), "{status}");
+    assert!(status["warnings"].to_string().contains("engine.tp"), "{status}");
+
+    let log = daemon.log().len();
+    fs::write(&file, "limits:\n  max: 6\n").unwrap();
+    daemon.signal(Signal::SIGHUP);
+    daemon
+        .until("the second reload", SOON, async |daemon| daemon.log()[log..].contains("reloaded").then_some(()))
+        .await;
+    let status = daemon.status().await.unwrap();
+    assert!(!status["warnings"].to_string().contains("engine.tp"), "nothing waits any more: {status}");
 
     let status = reload(&mut daemon, "limits:\n  max: many\n", "was not reloaded").await;
     assert_eq!(status["requests"]["max"], 6, "a bad file changes nothing");

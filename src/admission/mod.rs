@@ -15,6 +15,8 @@
 
 pub mod gate;
 pub mod queue;
+pub mod terms;
 
 pub use gate::{Admission, Counts, Refused, Ticket};
 pub use queue::Limits;
+pub use terms::{Caller, KeyId, Priority, Terms};

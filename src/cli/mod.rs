@@ -13,10 +13,13 @@ pub mod serve;
 pub mod simulate;
 pub mod status;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::config::folders::Folders;
+use crate::config::{Sources, WhenMissing};
 use exit::Exit;
 
 /// Runs the SGLang engine as a service on one machine.
@@ -61,8 +64,8 @@ pub struct ConfigArgs {
 
 impl ConfigArgs {
     /// These and this process's environment, folder and user.
-    pub fn sources(&self, missing: crate::config::WhenMissing) -> crate::config::Sources {
-        let mut sources = crate::config::Sources::here(missing);
+    pub fn sources(&self, missing: WhenMissing) -> Sources {
+        let mut sources = Sources::here(missing);
         sources.files.clone_from(&self.config);
         sources.set.clone_from(&self.set);
         sources
@@ -78,6 +81,65 @@ pub struct FolderArgs {
     /// What is kept between runs [default: systemd's, else /var/lib/sglangd, else XDG].
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
+}
+
+/// What `serve` takes, and `plan` to say what it would do.
+#[derive(Debug, Clone, Default, Args)]
+pub struct DaemonArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    #[command(flatten)]
+    pub folders: FolderArgs,
+    /// Where clients connect; the same as `--set listen.public=ADDR`.
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<String>,
+    /// Status and metrics; the same as `--set listen.admin=ADDR`.
+    #[arg(long, value_name = "ADDR")]
+    pub admin: Option<String>,
+    /// Flags for the engine, after `--`.
+    #[arg(last = true, value_name = "ENGINE FLAGS")]
+    pub engine_flags: Vec<String>,
+}
+
+impl DaemonArgs {
+    pub fn sources(&self, missing: WhenMissing) -> Sources {
+        let mut sources = self.config.sources(missing);
+        sources.engine_flags.clone_from(&self.engine_flags);
+        sources.set.extend(self.listen.iter().map(|address| format!("listen.public={address}")));
+        sources.set.extend(self.admin.iter().map(|address| format!("listen.admin={address}")));
+        sources
+    }
+
+    pub fn folders(&self, sources: &Sources) -> Folders {
+        Folders::find(self.folders.runtime_dir.clone(), self.folders.state_dir.clone(), sources)
+    }
+
+    /// The same as words, for a child that is to read the same configuration.
+    pub fn words(&self) -> Vec<OsString> {
+        let mut words: Vec<OsString> = Vec::new();
+        let mut flag = |name: &str, value: OsString| words.extend([name.into(), value]);
+        for file in &self.config.config {
+            flag("--config", file.into());
+        }
+        for set in &self.config.set {
+            flag("--set", set.into());
+        }
+        for (name, dir) in [("--runtime-dir", &self.folders.runtime_dir), ("--state-dir", &self.folders.state_dir)] {
+            if let Some(dir) = dir {
+                flag(name, dir.into());
+            }
+        }
+        for (name, address) in [("--listen", &self.listen), ("--admin", &self.admin)] {
+            if let Some(address) = address {
+                flag(name, address.into());
+            }
+        }
+        if !self.engine_flags.is_empty() {
+            words.push("--".into());
+            words.extend(self.engine_flags.iter().map(OsString::from));
+        }
+        words
+    }
 }
 
 /// Runs the command line and says how the process ends.

@@ -28,15 +28,7 @@ pub(super) const INSPECT_LIMIT: Duration = Duration::from_mins(2);
 #[derive(Debug, Args)]
 pub struct PlanArgs {
     #[command(flatten)]
-    pub config: super::ConfigArgs,
-    #[command(flatten)]
-    pub folders: super::FolderArgs,
-    /// Where clients connect; the same as `--set listen.public=ADDR`.
-    #[arg(long, value_name = "ADDR")]
-    pub listen: Option<String>,
-    /// Status and metrics; the same as `--set listen.admin=ADDR`.
-    #[arg(long, value_name = "ADDR")]
-    pub admin: Option<String>,
+    pub daemon: super::DaemonArgs,
     /// One JSON object.
     #[arg(long)]
     pub json: bool,
@@ -46,9 +38,6 @@ pub struct PlanArgs {
     /// Ask the installed engine for its flags and keep the answer; `serve` runs this.
     #[arg(long, hide = true)]
     pub inspect: bool,
-    /// Flags for the engine, after `--`.
-    #[arg(last = true, value_name = "ENGINE FLAGS")]
-    pub engine_flags: Vec<String>,
 }
 
 /// Everything that is planned, as `--json` shows it.
@@ -161,13 +150,11 @@ fn fetch_view(config: &Config, resolved: &Resolved, own: &env::Env) -> FetchView
     }
 }
 
+#[allow(clippy::needless_pass_by_value)] // every subcommand is given its arguments whole
 pub fn run(args: PlanArgs) -> Exit {
     let color = if std::io::stderr().is_terminal() { Color::Terminal } else { Color::Plain };
-    let mut sources = args.config.sources(WhenMissing::BuiltIn);
-    sources.engine_flags = args.engine_flags;
-    sources.set.extend(args.listen.map(|address| format!("listen.public={address}")));
-    sources.set.extend(args.admin.map(|address| format!("listen.admin={address}")));
-    let folders = Folders::find(args.folders.runtime_dir, args.folders.state_dir, &sources);
+    let sources = args.daemon.sources(WhenMissing::BuiltIn);
+    let folders = args.daemon.folders(&sources);
     let loaded = match load(&sources) {
         Ok(loaded) => loaded,
         Err(error) => {

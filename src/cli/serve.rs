@@ -22,27 +22,16 @@ use crate::link::status::Listening;
 use crate::observe::{admin, logging};
 use crate::shutdown::Signals;
 use crate::supervisor::driver::{Driver, Outside, Reload, exit_of};
-use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
+use crate::sys::spawn::{ParentDeath, Spec, Stream};
 use bind::Bound;
 
 #[derive(Debug, Args)]
 pub struct ServeArgs {
     #[command(flatten)]
-    pub config: super::ConfigArgs,
-    #[command(flatten)]
-    pub folders: super::FolderArgs,
-    /// Where clients connect; the same as `--set listen.public=ADDR`.
-    #[arg(long, value_name = "ADDR")]
-    pub listen: Option<String>,
-    /// Status and metrics; the same as `--set listen.admin=ADDR`.
-    #[arg(long, value_name = "ADDR")]
-    pub admin: Option<String>,
+    pub daemon: super::DaemonArgs,
     /// Try it: a small model from an embedded hub, a simulated engine, a temporary folder.
     #[arg(long)]
     pub demo: bool,
-    /// Flags for the engine, after `--`.
-    #[arg(last = true, value_name = "ENGINE FLAGS")]
-    pub engine_flags: Vec<String>,
 }
 
 pub fn run(mut args: ServeArgs) -> Exit {
@@ -55,9 +44,10 @@ pub fn run(mut args: ServeArgs) -> Exit {
         }
     };
     let color = if std::io::stderr().is_terminal() { Color::Terminal } else { Color::Plain };
-    let inspect_arguments = arguments(&args);
-    let sources = sources(&args, WhenMissing::WriteOut);
-    let folders = Folders::find(args.folders.runtime_dir.clone(), args.folders.state_dir.clone(), &sources);
+    let args = args.daemon;
+    let inspect_arguments = args.words();
+    let sources = args.sources(WhenMissing::WriteOut);
+    let folders = args.folders(&sources);
     let loaded = match load(&sources) {
         Ok(loaded) => loaded,
         Err(error) => {
@@ -179,17 +169,11 @@ async fn guard(
     if std::process::id() == 1 || sources.env.contains_key(std::ffi::OsStr::new("NOTIFY_SOCKET")) {
         return None;
     }
+    let words = ["guard".into(), "--runtime-dir".into(), folders.runtime.clone().into()];
     let spec = Spec {
-        argv: vec!["/proc/self/exe".into(), "guard".into(), "--runtime-dir".into(), folders.runtime.clone().into()],
-        arg0: Some("sglangd".into()),
-        env: std::collections::BTreeMap::new(),
-        session: Session::New,
         stdin: Stream::Piped,
-        stdout: Stream::Null,
-        stderr: Stream::Inherit,
-        keep: Vec::new(),
-        cwd: None,
         on_parent_death: ParentDeath::Survive,
+        ..Spec::ourselves(words, std::collections::BTreeMap::new())
     };
     match spawner.spawn(spec).await {
         Ok((mut child, end)) => child.stdin.take().map(|pipe| Guarded::new(pipe, end)),
@@ -200,36 +184,6 @@ async fn guard(
             None
         }
     }
-}
-
-fn sources(args: &ServeArgs, missing: WhenMissing) -> Sources {
-    let mut sources = args.config.sources(missing);
-    sources.engine_flags.clone_from(&args.engine_flags);
-    sources.set.extend(args.listen.iter().map(|address| format!("listen.public={address}")));
-    sources.set.extend(args.admin.iter().map(|address| format!("listen.admin={address}")));
-    sources
-}
-
-/// Our own arguments as `sglangd plan` takes them.
-fn arguments(args: &ServeArgs) -> Vec<OsString> {
-    let mut words: Vec<OsString> = Vec::new();
-    let mut flag = |name: &str, value: OsString| words.extend([name.into(), value]);
-    for file in &args.config.config {
-        flag("--config", file.into());
-    }
-    for set in &args.config.set {
-        flag("--set", set.into());
-    }
-    for (name, dir) in [("--runtime-dir", &args.folders.runtime_dir), ("--state-dir", &args.folders.state_dir)] {
-        if let Some(dir) = dir {
-            flag(name, dir.into());
-        }
-    }
-    if !args.engine_flags.is_empty() {
-        words.push("--".into());
-        words.extend(args.engine_flags.iter().map(OsString::from));
-    }
-    words
 }
 
 /// What can be known of the engine before anything starts: that its program exists, and that its flags

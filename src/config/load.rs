@@ -2,7 +2,7 @@
 //!
 //! The only thing ever written is the shipped `config.yaml`, once, where there is none.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -302,6 +302,15 @@ fn native_flags(
 }
 
 // ---------------------------------------------------------------------- who said what
+
+/// The keys below `section` that were said otherwise, or only before, or only now.
+pub fn changed(before: &[Origin], now: &[Origin], section: &str) -> BTreeSet<String> {
+    let within = |origins: &[Origin]| -> BTreeSet<(String, String)> {
+        let within = origins.iter().filter(|origin| origin.key.split('.').next() == Some(section));
+        within.map(|origin| (origin.key.clone(), origin.value.clone())).collect()
+    };
+    within(before).symmetric_difference(&within(now)).map(|(key, _)| key.clone()).collect()
+}
 
 fn origins(layers: &Layers, config: &Config) -> Vec<Origin> {
     let mut out = Vec::new();

@@ -219,14 +219,20 @@ pub enum LogFormat {
     Json,
 }
 
-/// Which keys differ: what a reload cannot make live.
-pub fn needs_restart(running: &Config, said: &Config) -> Vec<&'static str> {
+/// Which keys differ: what a reload cannot make live. `running` is what is lived by, and where it was said.
+pub fn needs_restart(running: &Loaded, said: &Loaded) -> Vec<String> {
     let mut keys = Vec::new();
-    let mut differs = |name, differs: bool| {
+    let mut differs = |section: &str, differs: bool| {
         if differs {
-            keys.push(name);
+            let before = keys.len();
+            keys.extend(load::changed(&running.origins, &said.origins, section));
+            if keys.len() == before {
+                // A secret: its value is not kept where origins are.
+                keys.push(section.to_owned());
+            }
         }
     };
+    let (running, said) = (&running.config, &said.config);
     differs("model", running.model != said.model);
     differs("weights", running.weights != said.weights);
     differs("engine", running.engine != said.engine);

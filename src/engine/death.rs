@@ -306,7 +306,10 @@ fn class_of<L: AsRef<[u8]>>(evidence: &Evidence<'_, L>) -> Class {
     match evidence.how {
         How::Exited(2) if evidence.reached == Reached::Nothing => Class::BadConfig,
         How::Exited(126 | 127) => Class::BadImage,
-        // Uvicorn's STARTUP_FAILURE.
+        // Uvicorn's STARTUP_FAILURE: its application's fault where it says so, else its socket's.
+        How::Exited(3) if evidence.tail.iter().any(|l| contains(l.as_ref(), "Application startup failed")) => {
+            Class::Crash
+        }
         How::Exited(3) => Class::Port,
         How::Signaled(nix::libc::SIGTERM | nix::libc::SIGINT | nix::libc::SIGHUP | nix::libc::SIGKILL) => Class::Signal,
         How::Signaled(_) => Class::Crash,

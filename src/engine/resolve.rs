@@ -3,13 +3,17 @@
 //!
 //! Pure: asks neither the engine nor the disk. All mistakes are reported at once.
 
+mod place;
+mod single;
+
 use crate::config::{
     Config, ConfigError, Flag, FlagValue, Loaded, Mistake, ModelSource, UnknownFlags, is_negative_number, nearest,
 };
 use crate::engine::flags::{FlagSpec, FlagTable, TableOrigin, Takes};
 use crate::engine::legacy::{self, Fate};
 use crate::engine::owned::OWNED;
-use crate::engine::words::{names_repository, python_float, wrong_word};
+use crate::engine::words::wrong_word;
+use place::{Checked, place, unknown_argv};
 
 /// One value of the engine's YAML.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -275,8 +279,6 @@ impl<'a> Run<'a> {
         )
     }
 
-    // ------------------------------------------------------------------ values
-
     fn finish(mut self) -> Result<Resolved, FlagErrors> {
         let mut out = Resolved {
             yaml: Vec::new(),
@@ -392,104 +394,6 @@ impl<'a> Run<'a> {
         }
         Some(value)
     }
-
-    // ------------------------------------------------------------------ single flags
-
-    fn log_level(&mut self, said: &Flag, words: &[String], level: &mut String) {
-        let Some(word) = words.first() else { return };
-        word.clone_into(level);
-        match word.to_lowercase().as_str() {
-            "debug" | "info" | "notset" => {}
-            "warning" | "warn" | "error" | "critical" | "fatal" => self.warnings.push(format!(
-                "{}: `log-level: {word}` hides what sglangd reads from the engine's log: no phases, no \
-                 percentage, and a hang is seen later; use info or debug",
-                said.origin
-            )),
-            // `getattr(logging, …)` in the engine: anything else ends in a traceback.
-            _ => self.error(
-                said,
-                format!("`log-level` is `{word}`, which is no level"),
-                "write debug, info, warning, error or critical",
-            ),
-        }
-    }
-
-    fn fraction(&mut self, said: &Flag, words: &[String]) {
-        let inside = words.first().and_then(|word| python_float(word)).is_some_and(|x| x > 0.0 && x < 1.0);
-        if !inside {
-            self.error(
-                said,
-                format!("`{}` is `{}`, which is not between 0 and 1", said.name, words.join(" ")),
-                "it is a share of the GPU's memory, like 0.82",
-            );
-        }
-    }
-
-    /// Adapters are loaded by the engine itself, which may not reach the hub.
-    fn lora(&mut self, said: &Flag, words: &[String]) {
-        for word in words {
-            let path = serde_json::from_str::<serde_json::Value>(word)
-                .ok()
-                .and_then(|json| json.get("lora_path").and_then(|path| path.as_str()).map(ToOwned::to_owned))
-                .or_else(|| word.split_once('=').map(|(_, path)| path.to_owned()))
-                .unwrap_or_else(|| word.clone());
-            if names_repository(&path) {
-                self.error(
-                    said,
-                    format!("`{}` names the repository `{path}`: the engine runs without the hub", said.name),
-                    format!("fetch it (`sglangd fetch {path}`) and name its folder; a relative folder begins with ./"),
-                );
-            }
-        }
-    }
-
-    fn repository(&mut self, flag: &Kept<'_>, words: &[String], revision: Option<String>, out: &mut Resolved) {
-        let Some(repo) = words.first().filter(|word| names_repository(word)) else { return };
-        let own = match &self.config.model.source {
-            ModelSource::Repo { repo: own, revision } if own == repo => Some(revision.clone()),
-            _ => None,
-        };
-        out.extra_repos.push(ExtraRepo {
-            flag: flag.name.clone(),
-            repo: repo.clone(),
-            revision: revision.or(own).unwrap_or_else(|| "main".to_owned()),
-        });
-    }
-}
-
-/// To the YAML where the engine's reader takes it, else to the command line.
-fn place(flag: &Kept<'_>, value: Checked, out: &mut Resolved) {
-    let name = &flag.name;
-    let yaml = flag.spec.is_some_and(|spec| spec.yaml_supported);
-    match value {
-        Checked::On if yaml && flag.spec.is_some_and(|spec| spec.takes() == Takes::Nothing) => {
-            out.yaml.push((name.clone(), YamlValue::True));
-        }
-        Checked::On => out.argv.push(format!("--{name}")),
-        Checked::Off => out.argv.push(format!("--no-{name}")),
-        // The engine's reader never emits `--flag=value`, the only form that takes such a word.
-        Checked::Words(words) if words.len() == 1 && words[0].starts_with('-') && !is_negative_number(&words[0]) => {
-            out.argv.push(format!("--{name}={}", words[0]));
-        }
-        Checked::Words(mut words) => {
-            let many = flag.spec.is_some_and(|spec| spec.takes() == Takes::Many);
-            if yaml && many {
-                out.yaml.push((name.clone(), YamlValue::Words(words)));
-            } else if yaml {
-                out.yaml.push((name.clone(), YamlValue::Word(words.swap_remove(0))));
-            } else {
-                out.argv.push(format!("--{name}"));
-                out.argv.append(&mut words);
-            }
-        }
-    }
-}
-
-/// A value that the parser takes.
-enum Checked {
-    On,
-    Off,
-    Words(Vec<String>),
 }
 
 fn one_word(value: &FlagValue) -> Option<String> {
@@ -501,17 +405,4 @@ fn one_word(value: &FlagValue) -> Option<String> {
 
 fn revision_flag(flag: &str) -> Option<&'static str> {
     REPOSITORY_FLAGS.iter().find(|(name, _)| *name == flag).and_then(|(_, revision)| *revision)
-}
-
-/// A flag nobody knows, in the form that argparse surely takes.
-fn unknown_argv(name: &str, value: &Checked, argv: &mut Vec<String>) {
-    match value {
-        Checked::On => argv.push(format!("--{name}")),
-        Checked::Off => {}
-        Checked::Words(words) if words.len() == 1 => argv.push(format!("--{name}={}", words[0])),
-        Checked::Words(words) => {
-            argv.push(format!("--{name}"));
-            argv.extend(words.iter().cloned());
-        }
-    }
 }

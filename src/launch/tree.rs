@@ -92,12 +92,10 @@ impl Tree {
     pub async fn kill(&self, limit: Duration) -> Vec<Stat> {
         let end = Instant::now() + limit;
         loop {
-            let members = self.members();
-            if members.is_empty() || Instant::now() >= end {
-                return members;
+            match self.kill_once(end) {
+                Round::Over(left) => return left,
+                Round::Again => tokio::time::sleep(LOOK_AGAIN).await,
             }
-            kill_once(&members);
-            tokio::time::sleep(LOOK_AGAIN).await;
         }
     }
 
@@ -105,24 +103,34 @@ impl Tree {
     pub fn kill_blocking(&self, limit: Duration) -> Vec<Stat> {
         let end = Instant::now() + limit;
         loop {
-            let members = self.members();
-            if members.is_empty() || Instant::now() >= end {
-                return members;
+            match self.kill_once(end) {
+                Round::Over(left) => return left,
+                #[allow(clippy::disallowed_methods)] // one thread, no runtime, nothing to block
+                Round::Again => std::thread::sleep(LOOK_AGAIN),
             }
-            kill_once(&members);
-            #[allow(clippy::disallowed_methods)] // one thread, no runtime, nothing to block
-            std::thread::sleep(LOOK_AGAIN);
         }
+    }
+
+    fn kill_once(&self, end: Instant) -> Round {
+        let members = self.members();
+        if members.is_empty() || Instant::now() >= end {
+            return Round::Over(members);
+        }
+        for member in &members {
+            // Gone meanwhile, or a pid that is somebody else's now: both are none of our business.
+            if let Some(handle) = proc::open(member.pid, member.start_time) {
+                let _ = proc::signal(handle, Signal::KILL);
+            }
+        }
+        Round::Again
     }
 }
 
-fn kill_once(members: &[Stat]) {
-    for member in members {
-        // Gone meanwhile, or a pid that is somebody else's now: both are none of our business.
-        if let Some(handle) = proc::open(member.pid, member.start_time) {
-            let _ = proc::signal(handle, Signal::KILL);
-        }
-    }
+/// What one SIGKILL to all came to.
+enum Round {
+    /// Those that are still there although the time is over; nobody, if all went well.
+    Over(Vec<Stat>),
+    Again,
 }
 
 /// "pid 4711 (sglang::schedul, state D)", for messages.

@@ -187,11 +187,12 @@ pub enum Up {
         id: u64,
         text: String,
     },
-    /// A reload brought something the proxy cannot live by (a broken keys file); it goes on with
-    /// what it had.
+    /// There is something the proxy cannot live by (a broken keys file); it goes on with what it had.
     Refused {
         reason: String,
     },
+    /// What was refused is in order again, and in use.
+    Recovered,
 }
 
 /// Facts about traffic, sent at most each 100 ms while they change and each second otherwise.

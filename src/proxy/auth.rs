@@ -1,187 +1,81 @@
-//! Named API keys: a file of hashes, and whether a request shows one of them.
+//! Who asks: the keys file in use, and a number for each name that stays through all reloads.
 //!
-//! The file never holds a key, only its SHA-256, and a key never reaches a log. It decides nothing
-//! but yes or no.
+//! A file that cannot be used never replaces one that could: keys that passed go on passing, and the
+//! complaint is told. How a file and a key look is [`crate::keys`]' matter.
 
-use std::fs::File;
-use std::io::Read as _;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
-use http::{HeaderMap, header};
-use sha2::{Digest as _, Sha256};
-use subtle::{Choice, ConstantTimeEq as _};
+use http::HeaderMap;
 
-/// Largest keys file: some thousand keys. A larger one is another file, named by mistake.
-const MAX_FILE: u64 = 1 << 20;
+use crate::admission::{Caller, KeyId};
+use crate::keys::{Exposure, Keys, KeysError, Role, Stamp};
 
-#[derive(Debug, thiserror::Error)]
-pub enum KeysError {
-    #[error("the keys file {path} cannot be read: {source}")]
-    Unreadable { path: PathBuf, source: std::io::Error },
-    #[error("the keys file {path} is larger than {MAX_FILE} bytes")]
-    TooLarge { path: PathBuf },
-    #[error("{path}:{line}: expected `NAME sha256:HEX` (64 hexadecimal digits), `#` for a comment")]
-    Malformed { path: PathBuf, line: usize },
-    #[error("the keys file {path} holds no key: nobody could pass")]
-    Empty { path: PathBuf },
-}
+/// All names that keys ever had since the proxy's start. A key that is renewed, or that comes back,
+/// keeps its counts and its place in line.
+#[derive(Debug, Default)]
+pub struct Roster(Mutex<HashMap<String, KeyId>>);
 
-/// Whether others than the owner can read the file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Exposure {
-    Private,
-    /// The hashes of good keys are no secret, those of guessable ones are.
-    WorldReadable,
-}
+impl Roster {
+    fn number(&self, name: &str) -> KeyId {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Numbers are as dense as names are: a file holds some ten thousand at most.
+        let next = KeyId(u32::try_from(known.len() + 1).unwrap_or(u32::MAX));
+        *known.entry(name.to_owned()).or_insert(next)
+    }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Key {
-    name: String,
-    digest: [u8; 32],
+    /// The names by number, for who shows counts. Number 0 is nobody's.
+    pub fn names(&self) -> Vec<String> {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut names = vec![String::new(); known.len() + 1];
+        for (name, id) in known.iter() {
+            names[id.0 as usize].clone_from(name);
+        }
+        names
+    }
 }
 
 /// The keys that open the public listener.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Keys(Vec<Key>);
+#[derive(Debug)]
+pub struct KeyRing {
+    keys: Keys,
+    /// The numbers of `keys`, in order.
+    ids: Vec<KeyId>,
+}
 
-impl Keys {
-    pub fn load(path: &Path) -> Result<(Self, Exposure), KeysError> {
-        let unreadable = |source| KeysError::Unreadable { path: path.to_owned(), source };
-        let file = File::open(path).map_err(unreadable)?;
-        let mode = file.metadata().map_err(unreadable)?.mode();
-        let mut text = String::new();
-        file.take(MAX_FILE + 1).read_to_string(&mut text).map_err(unreadable)?;
-        if text.len() as u64 > MAX_FILE {
-            return Err(KeysError::TooLarge { path: path.to_owned() });
-        }
-        let exposure = if mode & 0o004 == 0 { Exposure::Private } else { Exposure::WorldReadable };
-        Ok((Self::parse(&text, path)?, exposure))
-    }
-
-    fn parse(text: &str, path: &Path) -> Result<Self, KeysError> {
-        let mut keys = Vec::new();
-        for (number, line) in text.lines().enumerate() {
-            let line = line.split('#').next().unwrap_or_default().trim();
-            if line.is_empty() {
-                continue;
-            }
-            let malformed = || KeysError::Malformed { path: path.to_owned(), line: number + 1 };
-            let mut words = line.split_whitespace();
-            let (Some(name), Some(hash), None) = (words.next(), words.next(), words.next()) else {
-                return Err(malformed());
-            };
-            let digest = hash.strip_prefix("sha256:").and_then(unhex).ok_or_else(malformed)?;
-            keys.push(Key { name: name.to_owned(), digest });
-        }
-        if keys.is_empty() {
-            return Err(KeysError::Empty { path: path.to_owned() });
-        }
-        Ok(Self(keys))
-    }
-
-    /// The name of the key that `presented` is. Looks at every key, whatever it finds.
-    fn find(&self, presented: &[u8]) -> Option<&str> {
-        let digest: [u8; 32] = Sha256::digest(presented).into();
-        let mut found = None;
-        for key in &self.0 {
-            let same: Choice = key.digest.ct_eq(&digest);
-            if bool::from(same) {
-                found = Some(key.name.as_str());
-            }
-        }
-        found
-    }
-
-    /// The name of the key that the request shows, as `Authorization: Bearer` or as `x-api-key`. Who
-    /// shows several must show only good ones: nobody can say which of two the engine's side means.
-    pub fn check(&self, headers: &HeaderMap) -> Option<&str> {
-        let mut name = None;
-        for value in headers.get_all(header::AUTHORIZATION) {
-            if name.is_some() {
-                return None;
-            }
-            let (scheme, key) = value.as_bytes().split_at_checked(7)?;
-            if !scheme.eq_ignore_ascii_case(b"bearer ") {
-                return None;
-            }
-            name = Some(self.find(key)?);
-        }
-        let mut shown = headers.get_all("x-api-key").iter();
-        if let Some(key) = shown.next() {
-            name = Some(self.find(key.as_bytes())?);
-        }
-        if shown.next().is_some() { None } else { name }
+impl KeyRing {
+    /// Who shows a good key.
+    pub fn caller(&self, headers: &HeaderMap) -> Option<Caller> {
+        let (at, key) = self.keys.check(headers)?;
+        (key.role == Role::Client).then(|| Caller { key: self.ids[at], terms: key.terms })
     }
 }
 
-fn unhex(text: &str) -> Option<[u8; 32]> {
-    let mut digest = [0; 32];
-    if text.len() != 64 {
-        return None;
-    }
-    for (byte, pair) in digest.iter_mut().zip(text.as_bytes().chunks(2)) {
-        let digit = |at: usize| (pair[at] as char).to_digit(16);
-        *byte = u8::try_from(digit(0)? * 16 + digit(1)?).ok()?;
-    }
-    Some(digest)
+/// A keys file, and how it was when it was read last.
+#[derive(Debug)]
+pub struct KeysFile {
+    stamp: Option<Stamp>,
 }
 
-#[cfg(test)]
-mod tests {
-    use std::fmt::Write as _;
-
-    use http::HeaderValue;
-
-    use super::*;
-
-    fn line(name: &str, key: &str) -> String {
-        let digest: [u8; 32] = Sha256::digest(key.as_bytes()).into();
-        let mut line = format!("{name} sha256:");
-        for byte in digest {
-            write!(line, "{byte:02x}").unwrap();
-        }
-        line
+impl KeysFile {
+    /// Reads the file, and remembers this state of it whether it is of use or not: a broken file is
+    /// complained of once.
+    pub fn read(path: &Path, roster: &Roster) -> (Self, Result<KeyRing, KeysError>) {
+        // Before the text: a change in between is then a change since.
+        let file = Self { stamp: Stamp::at(path) };
+        let ring = Keys::load(path).map(|(keys, exposure)| {
+            if exposure == Exposure::WorldReadable {
+                tracing::warn!(path = %path.display(), "everybody on this machine can read the keys file: chmod o-r");
+            }
+            let ids = keys.iter().map(|key| roster.number(&key.name)).collect();
+            KeyRing { keys, ids }
+        });
+        (file, ring)
     }
 
-    fn parse(text: &str) -> Result<Keys, KeysError> {
-        Keys::parse(text, Path::new("keys"))
-    }
-
-    fn shows(keys: &Keys, fields: &[(&'static str, &str)]) -> Option<String> {
-        let mut headers = HeaderMap::new();
-        for (name, value) in fields {
-            headers.append(*name, HeaderValue::from_str(value).unwrap());
-        }
-        keys.check(&headers).map(str::to_owned)
-    }
-
-    #[test]
-    fn a_good_key_passes_in_either_header_and_nothing_else_does() {
-        let keys =
-            parse(&format!("# ours\n\n{}\n{} # two\n", line("one", "secret-1"), line("two", "secret-2"))).unwrap();
-        assert_eq!(shows(&keys, &[("authorization", "Bearer secret-1")]).as_deref(), Some("one"));
-        assert_eq!(shows(&keys, &[("authorization", "bearer secret-2")]).as_deref(), Some("two"));
-        assert_eq!(shows(&keys, &[("x-api-key", "secret-2")]).as_deref(), Some("two"));
-        for fields in [
-            &[][..],
-            &[("authorization", "Bearer wrong")],
-            &[("authorization", "Bearer ")],
-            &[("authorization", "Basic secret-1")],
-            &[("authorization", "Bearer secret-1x")],
-            &[("authorization", "Bearer secret-1"), ("authorization", "Bearer secret-1")],
-            &[("authorization", "Bearer secret-1"), ("x-api-key", "wrong")],
-            &[("x-api-key", "secret-1"), ("x-api-key", "secret-1")],
-        ] {
-            assert_eq!(shows(&keys, fields), None, "{fields:?}");
-        }
-    }
-
-    #[test]
-    fn a_broken_file_is_refused_with_its_line() {
-        assert!(matches!(parse("# nothing\n\n"), Err(KeysError::Empty { .. })));
-        for text in ["name", "name sha256:abc", "name md5:00", "a b c", &format!("{} x", line("n", "k"))] {
-            assert!(matches!(parse(&format!("\n{text}\n")), Err(KeysError::Malformed { line: 2, .. })), "{text}");
-        }
+    /// Whether it is another one by now, or gone.
+    pub fn has_changed(&self, path: &Path) -> bool {
+        Stamp::at(path) != self.stamp
     }
 }

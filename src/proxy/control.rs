@@ -16,6 +16,8 @@ use crate::link::{Down, LinkError, Traffic, Up, split};
 const LOOK: Duration = Duration::from_millis(100);
 /// How often they are sent when nothing changed.
 const REPEAT: Duration = Duration::from_secs(1);
+/// How often the keys file is looked at: one `stat`, and only where there is a file.
+const KEYS_LOOK: Duration = Duration::from_secs(2);
 /// A supervisor says what it knows at once. One that does not is stuck, and clients are told so.
 const FIRST_WORD: Duration = Duration::from_secs(1);
 
@@ -55,17 +57,18 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
     let mut look = interval(LOOK);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut sent, mut sent_at): (Option<Traffic>, Instant) = (None, Instant::now());
+    let mut keys = KeysNews::default();
     loop {
         tokio::select! {
             message = down.next::<Down>() => {
                 let Some(message) = message? else { return Ok(()) };
                 proxy.hear();
                 match message {
-                    Down::Settings(settings) => match proxy.settings(settings) {
-                        Ok(()) => {}
-                        Err(ProxyError::Keys(error)) => up.send(&Up::Refused { reason: error.to_string() }).await?,
-                        Err(error) => return Err(error.into()),
-                    },
+                    Down::Settings(settings) => {
+                        if let Some(news) = keys.of(proxy.settings(settings))? {
+                            up.send(&news).await?;
+                        }
+                    }
                     Down::Engine(view) => {
                         proxy.engine(view);
                         if let Some(listeners) = unheard.take() {
@@ -88,6 +91,14 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
                 if born.elapsed() >= FIRST_WORD && let Some(listeners) = unheard.take() {
                     proxy.listen(listeners)?;
                 }
+                if keys.looked_at.elapsed() >= KEYS_LOOK {
+                    keys.looked_at = Instant::now();
+                    if let Some(outcome) = proxy.look_at_keys()
+                        && let Some(news) = keys.of(outcome)?
+                    {
+                        up.send(&news).await?;
+                    }
+                }
                 let traffic = proxy.traffic();
                 if sent.is_none_or(|sent| changed(&sent, &traffic)) || sent_at.elapsed() >= REPEAT {
                     up.send(&Up::Traffic(traffic)).await?;
@@ -95,6 +106,35 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
                 }
             }
         }
+    }
+}
+
+/// What the supervisor was last told of the keys.
+#[derive(Debug)]
+struct KeysNews {
+    looked_at: Instant,
+    complaint: Option<String>,
+}
+
+impl Default for KeysNews {
+    fn default() -> Self {
+        Self { looked_at: Instant::now(), complaint: None }
+    }
+}
+
+impl KeysNews {
+    /// What there is to say about an attempt to read them. Errors of another kind are the proxy's end.
+    fn of(&mut self, outcome: Result<(), ProxyError>) -> Result<Option<Up>, ProxyError> {
+        let complaint = match outcome {
+            Ok(()) => None,
+            Err(ProxyError::Keys(error)) => Some(error.to_string()),
+            Err(error) => return Err(error),
+        };
+        if complaint == self.complaint {
+            return Ok(None);
+        }
+        self.complaint.clone_from(&complaint);
+        Ok(Some(complaint.map_or(Up::Recovered, |reason| Up::Refused { reason })))
     }
 }
 

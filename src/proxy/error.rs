@@ -14,6 +14,10 @@ use super::framing::Violation;
 use super::routes::Dialect;
 use crate::link::EngineView;
 
+mod events;
+
+pub use events::{engines_error, keep_alive, last_event};
+
 /// What becomes of the client's connection behind the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Connection {
@@ -190,11 +194,16 @@ impl Refusal {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", "supervisor_silent", message)
     }
 
+    /// The same as the last event of a stream that has begun already.
+    pub fn into_event(self, dialect: Dialect) -> Bytes {
+        events::error_event(dialect, self.kind, &self.code.into(), &self.message)
+    }
+
     /// The answer. `closing` wins over the refusal's own wish to keep the connection.
     pub fn into_response(self) -> Response<Bytes> {
         let mut body = Map::new();
         body.insert("type".into(), "error".into());
-        body.insert("error".into(), error_object(&self.message, self.kind, &self.code));
+        body.insert("error".into(), error_object(&self.message, self.kind, &self.code.into()));
         body.extend(self.extra);
         let mut response = Response::new(Bytes::from(Value::Object(body).to_string()));
         *response.status_mut() = self.status;
@@ -218,29 +227,8 @@ impl Refusal {
     }
 }
 
-fn error_object(message: &str, kind: &str, code: &str) -> Value {
+fn error_object(message: &str, kind: &str, code: &Value) -> Value {
     json!({ "message": message, "type": kind, "param": null, "code": code })
-}
-
-/// The last event of a stream that is not complete. It begins with an empty line, which ends an
-/// event that was cut in its middle, so that this one is read as one.
-pub fn last_event(dialect: Dialect, message: &str) -> Bytes {
-    const KIND: &str = "api_error";
-    const CODE: &str = "stream_interrupted";
-    let error = error_object(message, KIND, CODE);
-    let text = match dialect {
-        Dialect::OpenAi => format!("\n\ndata: {}\n\n", json!({ "error": error })),
-        Dialect::Anthropic => {
-            let event = json!({ "type": "error", "error": { "type": KIND, "message": message } });
-            format!("\n\nevent: error\ndata: {event}\n\n")
-        }
-        Dialect::Responses => {
-            let event = json!({ "type": "error", "code": CODE, "message": message, "param": null });
-            format!("\n\nevent: error\ndata: {event}\n\n")
-        }
-        Dialect::Lines => format!("\n{}\n", json!({ "error": message })),
-    };
-    Bytes::from(text)
 }
 
 #[cfg(test)]
@@ -301,16 +289,5 @@ mod tests {
         retry-after: 2
         {"type":"error","error":{"message":"as many requests wait already as may; come again later","type":"overloaded_error","param":null,"code":"queue_full"}}
         "#);
-    }
-
-    #[test]
-    fn each_dialect_ends_in_its_own_shape_and_without_done() {
-        let openai = r#"{"error":{"message":"gone","type":"api_error","param":null,"code":"stream_interrupted"}}"#;
-        assert_eq!(last_event(Dialect::OpenAi, "gone"), format!("\n\ndata: {openai}\n\n"));
-        let anthropic = r#"{"type":"error","error":{"type":"api_error","message":"gone"}}"#;
-        assert_eq!(last_event(Dialect::Anthropic, "gone"), format!("\n\nevent: error\ndata: {anthropic}\n\n"));
-        let responses = r#"{"type":"error","code":"stream_interrupted","message":"gone","param":null}"#;
-        assert_eq!(last_event(Dialect::Responses, "gone"), format!("\n\nevent: error\ndata: {responses}\n\n"));
-        assert_eq!(last_event(Dialect::Lines, "gone"), "\n{\"error\":\"gone\"}\n");
     }
 }

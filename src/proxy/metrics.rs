@@ -1,65 +1,84 @@
 //! Counts on the hot path: plain atomics of one worker, added up only when somebody asks.
 //!
-//! Labels are bounded by the code: route names of the allow-list and status classes, nothing that a
-//! client says.
+//! Labels are bounded: route names of the allow-list, status classes, and names of the keys file.
+//! Nothing that a client says is one.
 
 use std::fmt::Write as _;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
 
 use http::StatusCode;
 
 use super::routes;
+use crate::admission::KeyId;
+
+mod histogram;
+mod told;
+
+use histogram::{Histogram, Pick};
+use told::Told;
 
 const CLASSES: [&str; 6] = ["1xx", "2xx", "3xx", "4xx", "5xx", "left"];
 /// The routes of the allow-list, then: our own, refused by name, unknown.
 const LABELS: usize = routes::COUNT + 3;
 
-/// Which line of the requests table a request belongs to.
+/// Keys with counts of their own; any more share one line, named [`OTHERS`]. A page of a thousand keys
+/// is as long as anybody wants to scrape.
+const KEYS: usize = 1024;
+const OTHERS: &str = "(others)";
+
+/// Which line of the requests table a request belongs to: a route, and a key once one was shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Label(usize);
+pub struct Label {
+    row: usize,
+    key: KeyId,
+}
 
 impl Label {
-    pub const OWN: Self = Self(routes::COUNT);
-    pub const REFUSED: Self = Self(routes::COUNT + 1);
-    pub const UNKNOWN: Self = Self(routes::COUNT + 2);
+    pub const OWN: Self = Self::row(routes::COUNT);
+    pub const REFUSED: Self = Self::row(routes::COUNT + 1);
+    pub const UNKNOWN: Self = Self::row(routes::COUNT + 2);
 
-    pub fn route(route: &'static routes::Route) -> Self {
-        Self(routes::index(route).unwrap_or(Self::UNKNOWN.0))
+    const fn row(row: usize) -> Self {
+        Self { row, key: KeyId::ANYBODY }
     }
 
-    fn name(at: usize) -> &'static str {
-        match at {
-            _ if at == Self::OWN.0 => "own",
-            _ if at == Self::REFUSED.0 => "refused",
-            _ if at == Self::UNKNOWN.0 => "unknown",
-            _ => routes::name(at),
+    pub fn route(route: &'static routes::Route) -> Self {
+        routes::index(route).map_or(Self::UNKNOWN, Self::row)
+    }
+
+    pub fn of(self, key: KeyId) -> Self {
+        Self { key, ..self }
+    }
+
+    fn name(row: usize) -> &'static str {
+        match row {
+            _ if row == Self::OWN.row => "own",
+            _ if row == Self::REFUSED.row => "refused",
+            _ if row == Self::UNKNOWN.row => "unknown",
+            _ => routes::name(row),
         }
     }
 }
 
-/// Upper bounds in seconds. From a fraction of the proxy's own cost to the worst prefill.
-const BOUNDS: [f64; 14] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
-
-#[derive(Debug, Default)]
-pub struct Histogram {
-    buckets: [AtomicU64; BOUNDS.len() + 1],
-    micros: AtomicU64,
+/// Counts of one key's requests on one worker.
+#[derive(Debug)]
+pub struct KeyCounts {
+    requests: Box<[[AtomicU64; CLASSES.len()]]>,
 }
 
-impl Histogram {
-    pub fn observe(&self, took: Duration) {
-        let seconds = took.as_secs_f64();
-        let at = BOUNDS.iter().position(|bound| seconds <= *bound).unwrap_or(BOUNDS.len());
-        self.buckets[at].fetch_add(1, Relaxed);
-        self.micros.fetch_add(took.as_micros() as u64, Relaxed);
+impl Default for KeyCounts {
+    fn default() -> Self {
+        Self { requests: (0..LABELS).map(|_| Default::default()).collect() }
     }
 }
 
 /// The counts of one worker.
 #[derive(Debug)]
 pub struct Counters {
-    requests: Box<[[AtomicU64; CLASSES.len()]]>,
+    /// By key; made when the key is first seen.
+    keys: Box<[OnceLock<Box<KeyCounts>>]>,
+    pub told: Told,
     pub wait: Histogram,
     pub first_byte: Histogram,
     /// Requests open now: those whose answer is not at its end.
@@ -77,6 +96,8 @@ pub struct Counters {
     pub upstream_connects: AtomicU64,
     pub client_aborts: AtomicU64,
     pub interrupted: AtomicU64,
+    /// Streams begun before the engine's head.
+    pub early: AtomicU64,
     pub served: AtomicU64,
     /// Milliseconds since the proxy's start, plus one; zero: never.
     pub last_byte: AtomicU64,
@@ -87,7 +108,8 @@ impl Default for Counters {
     fn default() -> Self {
         let zero = || AtomicU64::new(0);
         Self {
-            requests: (0..LABELS).map(|_| Default::default()).collect(),
+            keys: (0..=KEYS).map(|_| OnceLock::new()).collect(),
+            told: Told::default(),
             wait: Histogram::default(),
             first_byte: Histogram::default(),
             open_answers: zero(),
@@ -103,6 +125,7 @@ impl Default for Counters {
             upstream_connects: zero(),
             client_aborts: zero(),
             interrupted: zero(),
+            early: zero(),
             served: zero(),
             last_byte: zero(),
             last_request: zero(),
@@ -111,14 +134,18 @@ impl Default for Counters {
 }
 
 impl Counters {
+    pub fn key(&self, key: KeyId) -> &KeyCounts {
+        self.keys[(key.0 as usize).min(KEYS)].get_or_init(Box::default)
+    }
+
     pub fn answered(&self, label: Label, status: StatusCode) {
         let class = usize::from(status.as_u16() / 100).clamp(1, 5) - 1;
-        self.requests[label.0][class].fetch_add(1, Relaxed);
+        self.key(label.key).requests[label.row][class].fetch_add(1, Relaxed);
     }
 
     /// The client was gone before its answer began.
     pub fn left(&self, label: Label) {
-        self.requests[label.0][CLASSES.len() - 1].fetch_add(1, Relaxed);
+        self.key(label.key).requests[label.row][CLASSES.len() - 1].fetch_add(1, Relaxed);
         self.client_aborts.fetch_add(1, Relaxed);
     }
 }
@@ -132,19 +159,35 @@ pub struct Gauges {
     pub target: usize,
     pub queue: usize,
     pub workers: usize,
+    /// 1 while the keys in use are older than their file, which cannot be used.
+    pub keys_stale: usize,
 }
 
-/// The page in Prometheus' text format.
-pub fn page(workers: &[std::sync::Arc<Counters>], gauges: &Gauges) -> String {
+/// The page in Prometheus' text format. `names` are the keys', by number.
+pub fn page(workers: &[std::sync::Arc<Counters>], gauges: &Gauges, names: &[String]) -> String {
     let mut out = String::with_capacity(8 * 1024);
     let sum = |pick: fn(&Counters) -> &AtomicU64| workers.iter().map(|worker| pick(worker).load(Relaxed)).sum::<u64>();
-    begin(&mut out, "requests_total", "counter", "Requests by route and status class; left: the client did not wait.");
-    for label in 0..LABELS {
-        for (class, class_name) in CLASSES.iter().enumerate() {
-            let count: u64 = workers.iter().map(|worker| worker.requests[label][class].load(Relaxed)).sum();
-            if count > 0 {
-                let route = Label::name(label);
-                line(&mut out, "requests_total", &format!("{{route=\"{route}\",status=\"{class_name}\"}}"), count);
+    begin(
+        &mut out,
+        "requests_total",
+        "counter",
+        "Requests by route, status class and key; left: the client did not wait.",
+    );
+    for key in 0..=KEYS {
+        let counts: Vec<&KeyCounts> =
+            workers.iter().filter_map(|worker| worker.keys[key].get()).map(|b| &**b).collect();
+        if counts.is_empty() {
+            continue;
+        }
+        let of_key = key_label(key, KEYS, names);
+        for row in 0..LABELS {
+            for (class, class_name) in CLASSES.iter().enumerate() {
+                let count: u64 = counts.iter().map(|counts| counts.requests[row][class].load(Relaxed)).sum();
+                if count > 0 {
+                    let route = Label::name(row);
+                    let labels = format!("{{route=\"{route}\",status=\"{class_name}\"{of_key}}}");
+                    line(&mut out, "requests_total", &labels, count);
+                }
             }
         }
     }
@@ -155,6 +198,7 @@ pub fn page(workers: &[std::sync::Arc<Counters>], gauges: &Gauges) -> String {
         ("requests_target", "Requests in flight that this node should carry (limits.target).", gauges.target),
         ("queue_max", "Requests that may wait (limits.queue).", gauges.queue),
         ("proxy_workers", "Worker threads.", gauges.workers),
+        ("keys_stale", "1 while the keys file cannot be used and older keys stay.", gauges.keys_stale),
     ] {
         begin(&mut out, name, "gauge", help);
         line(&mut out, name, "", value as u64);
@@ -193,14 +237,38 @@ pub fn page(workers: &[std::sync::Arc<Counters>], gauges: &Gauges) -> String {
         ("upstream_connects_total", "counter", "Connections made to the engine.", sum(|w| &w.upstream_connects)),
         ("client_aborts_total", "counter", "Clients that left before their answer's end.", sum(|w| &w.client_aborts)),
         ("streams_interrupted_total", "counter", "Answers that ended without their end.", sum(|w| &w.interrupted)),
+        (
+            "streams_begun_early_total",
+            "counter",
+            "Streams begun before the engine answered, to keep the connection alive.",
+            sum(|w| &w.early),
+        ),
         ("requests_served_total", "counter", "Requests answered by the engine to the end.", sum(|w| &w.served)),
     ] {
         begin(&mut out, name, kind, help);
         line(&mut out, name, "", value);
     }
-    histogram(&mut out, "queue_wait_seconds", "Wait for a place.", workers, |w| &w.wait);
-    histogram(&mut out, "first_byte_seconds", "From place to the answer's first byte.", workers, |w| &w.first_byte);
+    let histograms: [(&str, &str, Pick<Counters>); 2] = [
+        ("queue_wait_seconds", "Wait for a place.", |w| &w.wait),
+        ("first_byte_seconds", "From place to the answer's first byte.", |w| &w.first_byte),
+    ];
+    for (name, help, pick) in histograms {
+        begin(&mut out, name, "histogram", help);
+        histogram::write(&mut out, name, "", &workers.iter().map(|worker| pick(worker)).collect::<Vec<_>>());
+    }
+    told::write(&mut out, workers, names);
     out
+}
+
+/// `,key="NAME"`; nothing where no key was shown. From `others` on all share one name.
+fn key_label(key: usize, others: usize, names: &[String]) -> String {
+    let name = match key {
+        0 => return String::new(),
+        key if key >= others => OTHERS,
+        key => names.get(key).map_or("", String::as_str),
+    };
+    let escaped = name.replace('\\', "\\\\").replace('"', "\\\"");
+    format!(",key=\"{escaped}\"")
 }
 
 // Writing into a String does not fail.
@@ -212,28 +280,10 @@ fn line(out: &mut String, name: &str, labels: &str, value: u64) {
     let _ = writeln!(out, "sglangd_{name}{labels} {value}");
 }
 
-fn histogram(
-    out: &mut String,
-    name: &str,
-    help: &str,
-    workers: &[std::sync::Arc<Counters>],
-    pick: fn(&Counters) -> &Histogram,
-) {
-    begin(out, name, "histogram", help);
-    let mut count = 0;
-    for at in 0..=BOUNDS.len() {
-        count += workers.iter().map(|worker| pick(worker).buckets[at].load(Relaxed)).sum::<u64>();
-        let bound = BOUNDS.get(at).map_or_else(|| "+Inf".to_owned(), f64::to_string);
-        line(out, &format!("{name}_bucket"), &format!("{{le=\"{bound}\"}}"), count);
-    }
-    let micros: u64 = workers.iter().map(|worker| pick(worker).micros.load(Relaxed)).sum();
-    let _ = writeln!(out, "sglangd_{name}_sum {}", micros as f64 / 1e6);
-    line(out, &format!("{name}_count"), "", count);
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::time::Duration;
 
     use super::*;
 
@@ -245,10 +295,17 @@ mod tests {
             worker.wait.observe(Duration::from_millis(7));
         }
         workers[1].left(Label::UNKNOWN);
-        let text = page(&workers, &Gauges { in_flight: 1, queued: 2, max: 32, target: 10, queue: 64, workers: 2 });
+        for key in [KeyId(1), KeyId(2), KeyId(5000)] {
+            workers[1].answered(Label::REFUSED.of(key), StatusCode::TOO_MANY_REQUESTS);
+        }
+        let gauges = Gauges { in_flight: 1, queued: 2, max: 32, target: 10, queue: 64, workers: 2, keys_stale: 0 };
+        let text = page(&workers, &gauges, &["", "ci", "a\\\"b"].map(str::to_owned));
         for line in [
             "sglangd_requests_total{route=\"own\",status=\"2xx\"} 2",
             "sglangd_requests_total{route=\"unknown\",status=\"left\"} 1",
+            "sglangd_requests_total{route=\"refused\",status=\"4xx\",key=\"ci\"} 1",
+            r#"sglangd_requests_total{route="refused",status="4xx",key="a\\\"b"} 1"#,
+            "sglangd_requests_total{route=\"refused\",status=\"4xx\",key=\"(others)\"} 1",
             "sglangd_requests_in_flight 1",
             "sglangd_requests_target 10",
             "sglangd_client_aborts_total 1",

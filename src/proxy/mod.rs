@@ -11,15 +11,20 @@
 
 mod answer;
 mod auth;
+mod call;
 mod control;
 mod error;
 mod framing;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod headers;
 mod http2;
 mod line;
 mod metrics;
+pub mod peek;
 mod routes;
 mod service;
+mod sse;
 mod state;
 mod tap;
 mod transport;
@@ -32,12 +37,12 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-pub use auth::KeysError;
 pub use control::{End, linked};
 pub use state::{Supervision, Timings};
 pub use tap::Patience;
 pub use transport::listener::Listener;
 
+use crate::keys::KeysError;
 use crate::link::{EngineView, ProxySettings, Traffic};
 use state::{Mode, Shared};
 
@@ -45,7 +50,7 @@ use state::{Mode, Shared};
 #[derive(Debug, thiserror::Error)]
 pub enum ProxyError {
     #[error(transparent)]
-    Keys(#[from] KeysError),
+    Keys(#[from] Arc<KeysError>),
     #[error("a worker of the proxy cannot start: {0}")]
     Worker(io::Error),
 }
@@ -80,6 +85,11 @@ impl Proxy {
         let workers = settings.workers;
         self.shared.apply(settings)?;
         self.grow(workers)
+    }
+
+    /// Reads the keys anew if their file has changed; none: it has not. To be called every few seconds.
+    pub fn look_at_keys(&self) -> Option<Result<(), ProxyError>> {
+        self.shared.look_at_keys().map(|outcome| outcome.map_err(ProxyError::from))
     }
 
     fn grow(&mut self, workers: usize) -> Result<(), ProxyError> {

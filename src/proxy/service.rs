@@ -13,23 +13,23 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::task::Poll;
 use std::time::Duration;
 
-use http::header::{CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, TRANSFER_ENCODING};
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, TRANSFER_ENCODING};
 use http::request::Parts;
-use http::{HeaderMap, HeaderValue, Method, Request, Response};
-use tokio::time::Instant;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, Version};
+use tokio::time::{Instant, sleep_until};
 
-use super::answer::{Answer, Relay, Shape, Source};
-use super::error::Refusal;
+use super::answer::{Answer, Early, Work, head};
+use super::call::Call;
+use super::error::{Refusal, keep_alive};
 use super::headers::{self, BodyFraming, Credentials, Said};
 use super::line::{Ahead, Line, Upload};
 use super::metrics::Label;
+use super::peek::Stream;
 use super::routes::{self, Decision, Own, Route};
 use super::state::{Mode, Snapshot, Supervision};
-use super::upstream::decode::Framing;
-use super::upstream::exchange::{Answered, BodyFault, Failure, Outgoing, Sent, exchange};
-use super::upstream::head::Reuse;
+use super::upstream::exchange::{BodyFault, Failure, Outgoing, exchange};
 use super::worker::Worker;
-use crate::admission::{Refused, Ticket};
+use crate::admission::{Caller, Refused, Ticket};
 use crate::link::{EngineView, Gate, Upstream};
 
 /// Who asks, and over what.
@@ -47,7 +47,8 @@ pub struct Peer {
 pub struct Left;
 
 /// Why a request comes to no answer of the engine.
-enum Stop {
+#[derive(Debug)]
+pub enum Stop {
     Left,
     Refused(Box<Refusal>),
 }
@@ -61,12 +62,20 @@ impl From<Refusal> for Stop {
 /// The service under hyper and h2.
 pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response<Answer>, Left> {
     peer.line.ask();
+    let now = Instant::now();
     let counters = &peer.worker.counters;
-    counters.last_request.store(peer.worker.stamp(Instant::now()), Relaxed);
+    counters.last_request.store(peer.worker.stamp(now), Relaxed);
     let (parts, body) = request.into_parts();
     let id = headers::request_id(&parts);
     let mut label = Label::REFUSED;
-    let outcome = decide(&peer, &parts, body, &id, &mut label).await;
+    let outcome = match triage(&peer, &parts, &mut label) {
+        Ok(Way::Own(response)) => Ok(response),
+        Ok(Way::Engine(route, caller)) => {
+            let call = Call::new(Rc::clone(&peer), route, caller, label, now);
+            pursue(call, parts, body, id.clone()).await
+        }
+        Err(stop) => Err(stop),
+    };
     let mut response = match outcome {
         Ok(response) => response,
         Err(Stop::Refused(refusal)) => refusal.into_response().map(|bytes| Answer::Own(Some(bytes))),
@@ -80,13 +89,13 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
     Ok(response)
 }
 
-async fn decide(
-    peer: &Rc<Peer>,
-    parts: &Parts,
-    body: Upload,
-    id: &HeaderValue,
-    label: &mut Label,
-) -> Result<Response<Answer>, Stop> {
+/// Where a request goes, by its head alone.
+enum Way {
+    Own(Response<Answer>),
+    Engine(&'static Route, Caller),
+}
+
+fn triage(peer: &Peer, parts: &Parts, label: &mut Label) -> Result<Way, Stop> {
     if let Some(violation) = peer.line.refusal() {
         return Err(Refusal::violation(violation).into());
     }
@@ -95,7 +104,7 @@ async fn decide(
         Decision::Engine(route) => route,
         Decision::Own(own) => {
             *label = Label::OWN;
-            return own_answer(peer, own, &parts.method);
+            return own_answer(peer, own, &parts.method).map(Way::Own);
         }
         Decision::Ambiguous => return Err(Refusal::ambiguous_path().into()),
         Decision::Forbidden => return Err(Refusal::forbidden(path).into()),
@@ -109,11 +118,45 @@ async fn decide(
         return Err(Refusal::wrong_method(route.methods).into());
     }
     let snapshot = peer.worker.shared.snapshot();
-    if let Some(keys) = &snapshot.keys
-        && keys.check(&parts.headers).is_none()
-    {
-        return Err(Refusal::unauthorized().into());
-    }
+    let caller = match &snapshot.keys {
+        None => Caller::ANYBODY,
+        Some(keys) => keys.caller(&parts.headers).ok_or_else(Refusal::unauthorized)?,
+    };
+    *label = label.of(caller.key);
+    Ok(Way::Engine(route, caller))
+}
+
+/// Waits for the answer; a stream that keeps its client waiting for long is begun without it.
+async fn pursue(call: Rc<Call>, parts: Parts, body: Upload, id: HeaderValue) -> Result<Response<Answer>, Stop> {
+    // An HTTP/1.0 client could not tell a broken stream from a whole one.
+    let may_begin = keep_alive(call.route.dialect).is_some() && parts.version != Version::HTTP_10;
+    let begin = call.arrived + call.worker().shared.timings.keep_alive;
+    // On the heap: what a connection keeps room for while an answer streams stays small, and the
+    // work can go on in the answer's body.
+    let mut work: Work = Box::pin(decide(Rc::clone(&call), parts, body, id));
+    let mut timer = None;
+    let outcome = poll_fn(|cx| {
+        if let Poll::Ready(outcome) = work.as_mut().poll(cx) {
+            return Poll::Ready(Some(outcome));
+        }
+        if call.line().has_left() {
+            return Poll::Ready(Some(Err(Stop::Left)));
+        }
+        if !may_begin || call.asks.get() != Stream::Yes {
+            return Poll::Pending;
+        }
+        timer.get_or_insert_with(|| Box::pin(sleep_until(begin))).as_mut().poll(cx).map(|()| None)
+    })
+    .await;
+    outcome.unwrap_or_else(|| {
+        let timer = timer.unwrap_or_else(|| Box::pin(sleep_until(begin)));
+        Ok(head::early().map(|()| Answer::Early(Box::new(Early::new(call, work, timer)))))
+    })
+}
+
+async fn decide(call: Rc<Call>, parts: Parts, body: Upload, id: HeaderValue) -> Result<Response<Answer>, Stop> {
+    let (peer, parts) = (&*call.peer, &parts);
+    let snapshot = peer.worker.shared.snapshot();
     let framing = body_framing(&parts.headers, &body);
     if let BodyFraming::Length(length) = framing
         && length > snapshot.settings.max_body
@@ -121,13 +164,19 @@ async fn decide(
         return Err(Refusal::too_large(snapshot.settings.max_body).into());
     }
     let patience = peer.worker.shared.timings.client.body;
-    let mut outgoing = Outgoing::new(body, framing, snapshot.settings.max_body, patience);
+    let mut outgoing = Outgoing::new(Rc::clone(&call), body, framing, snapshot.settings.max_body, patience);
+    // Who asks before it sends its body is told to go on only once there is a place.
+    if parts.headers.contains_key(EXPECT) {
+        outgoing.look_at_end();
+    } else {
+        outgoing.look().await.map_err(|fault| explain(peer, &snapshot, fault.into()))?;
+    }
     let (ticket, snapshot) = admit(peer, parts, snapshot, &mut outgoing).await?;
     let Some(upstream) = snapshot.engine.as_ref().and_then(|engine| engine.upstream.clone()) else {
         ticket.was_not_served();
         return Err(Refusal::engine(snapshot.engine.as_ref()).into());
     };
-    let head = request_head(peer, parts, &snapshot, &upstream, id, framing);
+    let head = request_head(peer, parts, &snapshot, &upstream, &id, framing);
     let worker = &peer.worker;
     let since = Instant::now();
     let asking = exchange(&worker.pool, &worker.counters, upstream.addr, &parts.method, &head, &mut outgoing);
@@ -136,7 +185,7 @@ async fn decide(
     match outcome {
         Ok(Ok(answered)) => {
             worker.counters.first_byte.observe(since.elapsed());
-            Ok(relay(peer, route, answered, ticket, &upstream))
+            Ok(head::relay(&call, answered, ticket, &upstream))
         }
         Ok(Err(failure)) => {
             ticket.was_not_served();
@@ -274,49 +323,6 @@ fn explain(peer: &Peer, snapshot: &Snapshot, failure: Failure) -> Refusal {
         Failure::Unreachable(_) => Refusal::unreachable(),
         failure => Refusal::broken_engine(&failure.to_string()),
     }
-}
-
-/// The engine's answer, for the client.
-fn relay(peer: &Peer, route: &Route, answered: Answered, ticket: Ticket, upstream: &Upstream) -> Response<Answer> {
-    let Answered { stream, head, rest, sent } = answered;
-    let worker = &peer.worker;
-    let mut response = Response::new(Answer::Own(None));
-    *response.status_mut() = head.status;
-    *response.headers_mut() = head.headers;
-    let headers = response.headers_mut();
-    if let Some(ahead) = ticket.waited_behind() {
-        headers.insert("x-sglangd-queue-position", HeaderValue::from(ahead as u64 + 1));
-    }
-    if sent == Sent::Partly {
-        // What the client still sends belongs to a request that is over.
-        headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    }
-    let Some(framing) = head.framing else {
-        worker.counters.served.fetch_add(1, Relaxed);
-        if head.reuse == Reuse::Yes && rest.is_empty() {
-            worker.pool.keep(stream, upstream.addr);
-        }
-        return response;
-    };
-    let events = is_stream(headers);
-    if events {
-        headers.entry("x-accel-buffering").or_insert(HeaderValue::from_static("no"));
-        headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache"));
-    }
-    // Within a length there is no room for an event that the engine did not count.
-    let shape = if events && !matches!(framing, Framing::Length(_)) { Shape::Stream } else { Shape::Whole };
-    let source = Source { engine: upstream.addr, framing, reuse: head.reuse, rest, shape, dialect: route.dialect };
-    let relay = Relay::new(Rc::clone(worker), peer.line.clone(), stream, source, ticket);
-    *response.body_mut() = Answer::Engine(Box::new(relay));
-    response
-}
-
-fn is_stream(headers: &HeaderMap) -> bool {
-    let Some(kind) = headers.get(CONTENT_TYPE) else { return false };
-    let kind = kind.as_bytes();
-    [&b"text/event-stream"[..], b"application/x-ndjson"]
-        .iter()
-        .any(|stream| kind.get(..stream.len()).is_some_and(|head| head.eq_ignore_ascii_case(stream)))
 }
 
 const GET: &[Method] = &[Method::GET, Method::HEAD];

@@ -4,16 +4,17 @@
 //! beginning to its admission. It starts and binds nothing.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::auth::{Exposure, Keys, KeysError};
+use super::auth::{KeyRing, KeysFile, Roster};
 use super::metrics::{self, Counters, Gauges};
 use super::tap::Patience;
 use crate::admission::{Admission, Limits};
+use crate::keys::KeysError;
 use crate::link::{EngineView, Gate, Http2, ProxySettings, Traffic};
 
 /// Whether requests are admitted, and what becomes of those that were.
@@ -44,6 +45,10 @@ pub struct Timings {
     /// An engine silent for this long in mid-answer has lost the answer. Longer than any prefill:
     /// native streams send their head before it.
     pub engine_silence: Duration,
+    /// A client whose stream says nothing for this long is told that it is still there, the first time
+    /// by the beginning of an answer that the engine has not begun. Well below what balancers and
+    /// gateways allow a silent connection (60 s mostly).
+    pub keep_alive: Duration,
     /// A supervisor that said nothing for this long is stuck: it speaks each second.
     pub supervisor_silence: Duration,
 }
@@ -53,6 +58,7 @@ impl Default for Timings {
         Self {
             client: Patience::default(),
             engine_silence: Duration::from_mins(15),
+            keep_alive: Duration::from_secs(15),
             supervisor_silence: Duration::from_secs(10),
         }
     }
@@ -62,7 +68,7 @@ impl Default for Timings {
 pub struct Snapshot {
     pub settings: ProxySettings,
     /// None: no key is asked for.
-    pub keys: Option<Arc<Keys>>,
+    pub keys: Option<Arc<KeyRing>>,
     /// None: nothing is known yet.
     pub engine: Option<EngineView>,
     pub mode: Mode,
@@ -75,10 +81,21 @@ pub struct Shared {
     pub admission: Admission,
     pub timings: Timings,
     pub supervision: Supervision,
+    roster: Roster,
+    /// What was said last, whether it could be lived by or not.
+    wanted: Mutex<Wanted>,
     workers: Mutex<Vec<Arc<Counters>>>,
     epoch: Instant,
     /// When the supervisor was last heard of, in milliseconds of [`Self::stamp`].
     heard: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Wanted {
+    settings: ProxySettings,
+    keys_file: Option<KeysFile>,
+    /// What stands in the way of the settings.
+    complaint: Option<Arc<KeysError>>,
 }
 
 /// Settings before the first message: nothing passes, so nothing needs room.
@@ -98,12 +115,15 @@ fn no_settings() -> ProxySettings {
 impl Shared {
     pub fn new(timings: Timings, supervision: Supervision) -> Arc<Self> {
         let settings = no_settings();
+        let wanted = Wanted { settings: settings.clone(), keys_file: None, complaint: None };
         let snapshot = Snapshot { settings, keys: None, engine: None, mode: Mode::Serving };
         Arc::new(Self {
             snapshot: watch::Sender::new(Arc::new(snapshot)),
             admission: Admission::new(Limits { max: 0, queue: 0 }, Gate::Closed),
             timings,
             supervision,
+            roster: Roster::default(),
+            wanted: Mutex::new(wanted),
             workers: Mutex::default(),
             epoch: Instant::now(),
             heard: AtomicU64::new(1),
@@ -122,18 +142,28 @@ impl Shared {
         self.snapshot.send_modify(|snapshot| change(Arc::make_mut(snapshot)));
     }
 
+    fn wanted(&self) -> MutexGuard<'_, Wanted> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// New settings, or the reason why the old ones stay.
-    pub fn apply(&self, settings: ProxySettings) -> Result<(), KeysError> {
-        let keys = match &settings.keys_file {
+    pub fn apply(&self, settings: ProxySettings) -> Result<(), Arc<KeysError>> {
+        let mut wanted = self.wanted();
+        wanted.settings = settings;
+        self.attempt(&mut wanted)
+    }
+
+    fn attempt(&self, wanted: &mut Wanted) -> Result<(), Arc<KeysError>> {
+        (wanted.keys_file, wanted.complaint) = (None, None);
+        let keys = match &wanted.settings.keys_file {
             None => None,
             Some(path) => {
-                let (keys, exposure) = Keys::load(path)?;
-                if exposure == Exposure::WorldReadable {
-                    tracing::warn!(path = %path.display(), "everybody on this machine can read the keys file");
-                }
-                Some(Arc::new(keys))
+                let (file, ring) = KeysFile::read(path, &self.roster);
+                wanted.keys_file = Some(file);
+                Some(Arc::new(ring.map_err(|error| Arc::clone(wanted.complaint.insert(Arc::new(error))))?))
             }
         };
+        let settings = wanted.settings.clone();
         let limits = Limits { max: settings.max, queue: settings.queue };
         self.change(|snapshot| {
             snapshot.settings = settings;
@@ -141,6 +171,23 @@ impl Shared {
         });
         self.admission.set_limits(limits);
         Ok(())
+    }
+
+    /// Reads the keys anew if their file has changed since it was read; none: nothing is new. A file
+    /// that could not be read is tried again each time, since nothing tells when it can be.
+    pub fn look_at_keys(&self) -> Option<Result<(), Arc<KeysError>>> {
+        let mut wanted = self.wanted();
+        let path = wanted.settings.keys_file.as_deref()?;
+        let unreadable = matches!(wanted.complaint.as_deref(), Some(KeysError::Unreadable { .. }));
+        if !unreadable && !wanted.keys_file.as_ref()?.has_changed(path) {
+            return None;
+        }
+        Some(self.attempt(&mut wanted))
+    }
+
+    /// Whether the keys in use are older than their file.
+    fn keys_are_stale(&self) -> bool {
+        self.wanted().complaint.is_some()
     }
 
     pub fn engine(&self, view: EngineView) {
@@ -212,7 +259,8 @@ impl Shared {
             target: snapshot.settings.target,
             queue: snapshot.settings.queue,
             workers: workers.len(),
+            keys_stale: usize::from(self.keys_are_stale()),
         };
-        metrics::page(&workers, &gauges)
+        metrics::page(&workers, &gauges, &self.roster.names())
     }
 }

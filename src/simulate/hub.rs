@@ -74,8 +74,8 @@ pub struct Options {
 pub struct Fault {
     pub on: Route,
     pub which: Which,
-    /// Only for this file; none: for any.
-    pub file: Option<String>,
+    /// Only about this file (of [`Route::Api`]: this repository); none: about any.
+    pub about: Option<String>,
     pub what: What,
 }
 
@@ -250,11 +250,11 @@ impl State {
     }
 
     /// What to do wrong about this request.
-    pub(super) fn misbehave(&self, route: Route, file: &str) -> Option<What> {
+    pub(super) fn misbehave(&self, route: Route, about: &str) -> Option<What> {
         let mut faults = locked(&self.faults);
         let mut chosen = None;
         for (fault, count) in faults.iter_mut() {
-            if fault.on != route || fault.file.as_ref().is_some_and(|name| name != file) {
+            if fault.on != route || fault.about.as_ref().is_some_and(|name| name != about) {
                 continue;
             }
             *count += 1;

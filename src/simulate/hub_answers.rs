@@ -15,7 +15,7 @@ use super::model::{ModelFile, Storage};
 /// What was asked, once the path is taken apart.
 enum Asked {
     Info { repo: String, revision: String },
-    Tree { revision: String },
+    Tree { repo: String, revision: String },
     Resolve { revision: String, file: String },
     Cdn { commit: String, file: String },
     Nothing,
@@ -24,7 +24,7 @@ enum Asked {
 pub(super) async fn answer(request: &Request<Incoming>, state: &Arc<State>) -> Response<Body> {
     let asked = take_apart(request.uri().path());
     let (route, name) = match &asked {
-        Asked::Info { .. } | Asked::Tree { .. } => (Some(Route::Api), String::new()),
+        Asked::Info { repo, .. } | Asked::Tree { repo, .. } => (Some(Route::Api), repo.clone()),
         Asked::Resolve { file, .. } => (Some(Route::Resolve), file.clone()),
         Asked::Cdn { file, .. } => (Some(Route::Cdn), file.clone()),
         Asked::Nothing => (None, String::new()),
@@ -61,7 +61,7 @@ pub(super) async fn answer(request: &Request<Incoming>, state: &Arc<State>) -> R
     }
     match asked {
         Asked::Info { repo, revision } => info(state, &repo, &revision),
-        Asked::Tree { revision } => {
+        Asked::Tree { revision, .. } => {
             tree(state, &revision, request.uri().query().unwrap_or(""), request.uri().path()).await
         }
         Asked::Resolve { revision, file } => resolve(request, state, &revision, &file, fault).await,
@@ -82,8 +82,8 @@ pub(super) async fn answer(request: &Request<Incoming>, state: &Arc<State>) -> R
 /// `/api/models/{repo}[/revision/{rev}]`, `/api/models/{repo}/tree/{rev}`, `/{repo}/resolve/{rev}/{file}`, `/cdn/{commit}/{file}`.
 fn take_apart(path: &str) -> Asked {
     if let Some(rest) = path.strip_prefix("/api/models/") {
-        if let Some((_, revision)) = rest.split_once("/tree/") {
-            return Asked::Tree { revision: decode(revision) };
+        if let Some((repo, revision)) = rest.split_once("/tree/") {
+            return Asked::Tree { repo: decode(repo), revision: decode(revision) };
         }
         let (repo, revision) = rest.split_once("/revision/").unwrap_or((rest, "main"));
         return Asked::Info { repo: decode(repo), revision: decode(revision) };

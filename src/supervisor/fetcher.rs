@@ -18,7 +18,7 @@ use crate::exit::Exit;
 use crate::launch::reaper::Ended;
 use crate::launch::spawner::Spawner;
 use crate::sys::proc;
-use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
+use crate::sys::spawn::{Spec, Stream};
 use crate::weights::{Progress, Request, Snapshot};
 
 /// Longest line of progress; a plan of 100,000 files is one number, not a list.
@@ -61,10 +61,6 @@ impl Current {
     }
 }
 
-fn own_command(words: &[&str]) -> Vec<OsString> {
-    std::iter::once("/proc/self/exe").chain(words.iter().copied()).map(OsString::from).collect()
-}
-
 /// Runs `sglangd plan --inspect` with the daemon's own arguments: asks the installed engine's parser
 /// for its flags (some 20 s, no GPU) and caches the answer.
 pub async fn inspect(
@@ -73,20 +69,8 @@ pub async fn inspect(
     arguments: Vec<OsString>,
     env: BTreeMap<OsString, OsString>,
 ) -> Result<(), Cause> {
-    let mut argv = own_command(&["plan", "--inspect"]);
-    argv.extend(arguments);
-    let spec = Spec {
-        argv,
-        arg0: Some("sglangd".into()),
-        env,
-        session: Session::New,
-        stdin: Stream::Null,
-        stdout: Stream::Null,
-        stderr: Stream::Piped,
-        keep: Vec::new(),
-        cwd: None,
-        on_parent_death: ParentDeath::Kill,
-    };
+    let words = ["plan", "--inspect"].into_iter().map(OsString::from).chain(arguments);
+    let spec = Spec { stderr: Stream::Piped, ..Spec::ourselves(words, env) };
     let no_check = |error: io::Error| no_resources("the check of the engine's flags", &error);
     let (mut child, end) = spawner.spawn(spec).await.map_err(no_check)?;
     current.set(Some(child.pidfd));
@@ -124,19 +108,9 @@ pub async fn fetch(
     let (reader, writer) = io::pipe().map_err(|error| no_resources("a pipe", &error))?;
     let reader = pipe::Receiver::from_owned_fd(reader.into()).map_err(|error| no_resources("a pipe", &error))?;
     let number = writer.as_raw_fd().to_string();
-    let spec = Spec {
-        argv: own_command(&["fetch", "--progress-fd", &number, "--request", &request]),
-        arg0: Some("sglangd".into()),
-        env,
-        session: Session::New,
-        stdin: Stream::Null,
-        stdout: Stream::Null,
-        // Its bars are drawn on our terminal; its log lines join ours.
-        stderr: Stream::Inherit,
-        keep: vec![writer.as_raw_fd()],
-        cwd: None,
-        on_parent_death: ParentDeath::Kill,
-    };
+    let words = ["fetch", "--progress-fd", &number, "--request", &request].map(OsString::from);
+    // Its bars are drawn on our terminal, over the standard error that it shares with us.
+    let spec = Spec { keep: vec![writer.as_raw_fd()], ..Spec::ourselves(words, env) };
     let (child, end) = spawner.spawn(spec).await.map_err(|error| no_resources("the fetcher", &error))?;
     drop(writer);
     current.set(Some(child.pidfd));

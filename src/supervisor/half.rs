@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use crate::launch::spawner::Spawner;
 use crate::link::{self, Down, EngineView, HEARTBEAT, ProxySettings, Traffic, Up};
-use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
+use crate::sys::spawn::Spec;
 
 /// A proxy that lived shorter than this is not replaced at once: something is wrong with it.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
@@ -44,7 +44,7 @@ pub struct HalfView {
     pub traffic: Traffic,
     /// Traffic reports received from this proxy so far.
     pub reports: u64,
-    /// What it could not live by at the last reload.
+    /// What it cannot live by; it goes on with what it had.
     pub refused: Option<String>,
 }
 
@@ -133,6 +133,7 @@ async fn keep(
             view.pid = None;
             view.traffic = Traffic::default();
             view.reports = 0;
+            view.refused = None;
             view.restarts += 1;
         });
         if begun.elapsed() < SHORT_LIFE {
@@ -156,26 +157,13 @@ async fn run(
     tell: &watch::Sender<HalfView>,
 ) -> Result<Ended, link::LinkError> {
     let (ours, theirs) = link::pair()?;
-    let mut argv: Vec<OsString> = vec!["/proc/self/exe".into(), "proxy".into()];
     let mut keep = vec![theirs.as_raw_fd()];
-    argv.extend(["--link-fd".into(), theirs.as_raw_fd().to_string().into()]);
+    let mut words: Vec<OsString> = vec!["proxy".into(), "--link-fd".into(), theirs.as_raw_fd().to_string().into()];
     for listener in listeners {
         keep.push(listener.as_raw_fd());
-        argv.extend(["--listen-fd".into(), listener.as_raw_fd().to_string().into()]);
+        words.extend(["--listen-fd".into(), listener.as_raw_fd().to_string().into()]);
     }
-    let spec = Spec {
-        argv,
-        arg0: Some("sglangd".into()),
-        env,
-        session: Session::New,
-        stdin: Stream::Null,
-        stdout: Stream::Null,
-        stderr: Stream::Inherit,
-        keep,
-        cwd: None,
-        on_parent_death: ParentDeath::Kill,
-    };
-    let (child, mut end) = spawner.spawn(spec).await?;
+    let (child, mut end) = spawner.spawn(Spec { keep, ..Spec::ourselves(words, env) }).await?;
     drop(theirs);
     let (mut reader, mut writer) = link::split(ours)?;
     tell.send_modify(|view| view.pid = u32::try_from(child.pid).ok());
@@ -210,6 +198,10 @@ async fn run(
                         tracing::error!("the proxy goes on with what it had: {reason}");
                         tell.send_modify(|view| view.refused = Some(reason));
                     }
+                    Ok(Some(Up::Recovered)) => {
+                        tracing::info!("the proxy took what it had refused");
+                        tell.send_modify(|view| view.refused = None);
+                    }
                     // Its process is at its end; a link that broke without it is ended with it below.
                     Ok(None) | Err(_) => {
                         let _ = crate::sys::proc::signal(&child.pidfd, rustix::process::Signal::KILL);
@@ -221,7 +213,6 @@ async fn run(
             }
             changed = orders.settings.changed() => {
                 if changed.is_err() { return Ok(Ended::NoLongerWanted) }
-                tell.send_modify(|view| view.refused = None);
                 Down::Settings(orders.settings.borrow_and_update().clone())
             }
             changed = orders.engine.changed() => {

@@ -150,7 +150,7 @@ impl Facts<'_> {
             proxy: ProxyStatus { pid: self.half.pid, restarts: self.half.restarts },
             weights: self.weights.cloned(),
             listen: self.listen.clone(),
-            warnings: self.warnings.to_vec(),
+            warnings: self.warnings.iter().chain(&self.half.refused).cloned().collect(),
             uptime_seconds: self.uptime.as_secs(),
             config_files: self.config_files.to_vec(),
         }

@@ -79,6 +79,23 @@ pub struct Spawned {
 const ORPHANED_BEFORE_EXEC: i32 = 70;
 
 impl Spec {
+    /// This program once more, with other words: in a session of its own, silent but for its log, and
+    /// ended with us.
+    pub fn ourselves(words: impl IntoIterator<Item = OsString>, env: BTreeMap<OsString, OsString>) -> Self {
+        Self {
+            argv: std::iter::once("/proc/self/exe".into()).chain(words).collect(),
+            arg0: Some("sglangd".into()),
+            env,
+            session: Session::New,
+            stdin: Stream::Null,
+            stdout: Stream::Null,
+            stderr: Stream::Inherit,
+            keep: Vec::new(),
+            cwd: None,
+            on_parent_death: ParentDeath::Kill,
+        }
+    }
+
     /// Forks and executes; returns once `execve` succeeded, or with its error.
     ///
     /// Errors are the kernel's: `NotFound` and `PermissionDenied` name the program, `WouldBlock` is a

@@ -4,7 +4,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
 use sglangd::link::{EngineState, EngineView, Http2, ProxySettings, Upstream};
-use sglangd::proxy::{Proxy, Supervision, Timings};
+use sglangd::proxy::{Patience, Proxy, Supervision, Timings};
 
 use super::engine::Engine;
 
@@ -74,6 +74,13 @@ impl Front {
         let page = self.proxy.metrics();
         page.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(' ')?.parse().ok())
     }
+}
+
+/// Ordinary timings but for how patient the proxy is with clients.
+pub fn patience(change: impl FnOnce(&mut Patience)) -> Timings {
+    let mut timings = Timings::default();
+    change(&mut timings.client);
+    timings
 }
 
 /// Looks each 2 ms, for 10 s at most.

@@ -49,12 +49,7 @@ pub struct Frame {
 /// Any frame, as bytes.
 pub fn frame(kind: u8, flags: u8, stream: u32, payload: impl AsRef<[u8]>) -> Vec<u8> {
     let payload = payload.as_ref();
-    framed(kind, flags, stream, payload.len(), payload)
-}
-
-/// A frame that lies about its length.
-pub fn framed(kind: u8, flags: u8, stream: u32, length: usize, payload: &[u8]) -> Vec<u8> {
-    let mut out = (length as u32).to_be_bytes()[1..].to_vec();
+    let mut out = (payload.len() as u32).to_be_bytes()[1..].to_vec();
     out.extend([kind, flags]);
     out.extend(stream.to_be_bytes());
     out.extend(payload);

@@ -62,11 +62,11 @@ impl Site {
     }
 
     pub fn misbehave(&self, on: Route, which: Which, what: What) {
-        self.hub.fault(Fault { on, which, file: None, what });
+        self.hub.fault(Fault { on, which, about: None, what });
     }
 
     pub fn misbehave_about(&self, file: &str, which: Which, what: What) {
-        self.hub.fault(Fault { on: Route::Cdn, which, file: Some(file.to_owned()), what });
+        self.hub.fault(Fault { on: Route::Cdn, which, about: Some(file.to_owned()), what });
     }
 
     pub fn request(&self) -> Request {

@@ -20,7 +20,12 @@ pub const CHAT: &str = "/v1/chat/completions";
 /// The simulated engine with these faults: it loads in no time, and drains and crashes without the real
 /// one's pauses.
 pub fn quick(faults: &str) -> Setup {
-    Setup::simulated()
+    quick_engine(Setup::simulated(), faults)
+}
+
+/// The same for a set-up that brings its own model.
+pub fn quick_engine(setup: Setup, faults: &str) -> Setup {
+    setup
         .env("SGLANG_SIM_START_SECONDS", "0.4")
         .env("SGLANG_SIM_DRAIN_POLL_SECONDS", "0.05")
         .env("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "0")

@@ -27,14 +27,14 @@ pub fn begin(args: &mut ServeArgs) -> io::Result<Demo> {
     let endpoint = hub()?;
     let exe = std::env::current_exe()?;
     let path = |name: &str| folder.path().join(name);
-    args.folders.runtime_dir.get_or_insert_with(|| path("run"));
-    args.folders.state_dir.get_or_insert_with(|| path("state"));
-    if args.config.config.is_empty() {
+    args.daemon.folders.runtime_dir.get_or_insert_with(|| path("run"));
+    args.daemon.folders.state_dir.get_or_insert_with(|| path("state"));
+    if args.daemon.config.config.is_empty() {
         // The shipped configuration, wherever this machine may have another.
         std::fs::write(path("config.yaml"), crate::config::SHIPPED)?;
-        args.config.config.push(path("config.yaml"));
+        args.daemon.config.config.push(path("config.yaml"));
     }
-    let mut set = |key: &str, value: &str| args.config.set.insert(0, format!("{key}={value}"));
+    let mut set = |key: &str, value: &str| args.daemon.config.set.insert(0, format!("{key}={value}"));
     set("weights.endpoint", &endpoint);
     set("weights.cache", &quoted(&path("hub")));
     set("engine.command", &format!("[{}, simulate]", quoted(&exe)));

@@ -49,6 +49,21 @@ fn g01_flags_and_images_are_not_tried_again() {
 }
 
 #[test]
+fn an_image_that_lacks_what_the_model_needs_is_named_after_the_load_too() {
+    let log = "[2026-11-24 02:10:14] ERROR:    Traceback (most recent call last):\n  File \"x\"\n    import deepseek_recipe\n\
+               ModuleNotFoundError: No module named 'deepseek_recipe'\n\n\
+               The above exception was the direct cause of the following exception:\n\n\
+               Traceback (most recent call last):\n  File \"x\"\n\
+               ImportError: Serving DeepSeek-V4 / V4.1 requires the `deepseek-recipe` package.\n\n\
+               [2026-11-24 02:10:14] ERROR:    Application startup failed. Exiting.\n";
+    let cause = verdict(log, How::Exited(3), Reached::Loaded);
+    assert_eq!((cause.class, cause.retry), (Class::BadImage, Retry::Never), "{}", cause.sentence);
+    assert!(cause.sentence.contains("deepseek_recipe"), "{}", cause.sentence);
+    let cause = verdict("ERROR:    Application startup failed. Exiting.\n", How::Exited(3), Reached::Loaded);
+    assert_eq!(cause.class, Class::Crash, "no port was in the way");
+}
+
+#[test]
 fn weights_that_lack_or_are_corrupt_end_with_66() {
     let log = "[2026-11-23 14:10:14 TP3] Scheduler hit an exception: Traceback (most recent call last):\n  File \"x\"\n\
                safetensors_rust.SafetensorError: Error while deserializing header: HeaderTooLarge\n\n\

@@ -15,6 +15,7 @@
 
 mod connection;
 mod flow;
+mod frames;
 mod head;
 mod io;
 mod stream;

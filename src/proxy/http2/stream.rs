@@ -167,7 +167,7 @@ impl Stream {
                 Some(Err(why)) => {
                     let reason = match why {
                         Interrupted::Left => Reason::CANCEL,
-                        Interrupted::Engine(_) | Interrupted::Cut(_) => Reason::INTERNAL_ERROR,
+                        Interrupted::Engine(_) | Interrupted::Cut(_) | Interrupted::Refused => Reason::INTERNAL_ERROR,
                     };
                     let State::Answering { out, .. } = std::mem::replace(&mut self.state, State::Over) else {
                         return Poll::Pending;

@@ -9,6 +9,11 @@
 use h2::Reason;
 use tokio::time::Instant;
 
+use super::frames::{
+    ACK, At, CONTINUATION, DATA, END_HEADERS, END_STREAM, Frames, GOAWAY, HEADERS, Head, INITIAL_WINDOW_SIZE,
+    MAX_FRAME, MAX_WINDOW, PING, PRIORITY, PUSH_PROMISE, Piece, RST_STREAM, SETTINGS, WINDOW_UPDATE,
+};
+
 /// What every client sends first.
 pub const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -28,131 +33,6 @@ const UPDATES_A_SECOND: u32 = 100;
 /// A client may answer each DATA frame with an update of the stream's window and one of the
 /// connection's. What it has not answered yet is in its socket, so this credit has no bound.
 const UPDATES_A_FRAME: u32 = 2;
-
-/// The largest frame that we ask for: the least that may be asked for.
-const MAX_FRAME: u32 = 16_384;
-/// The largest window there may be.
-const MAX_WINDOW: u32 = (1 << 31) - 1;
-
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
-const PRIORITY: u8 = 2;
-const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const PUSH_PROMISE: u8 = 5;
-const PING: u8 = 6;
-const GOAWAY: u8 = 7;
-const WINDOW_UPDATE: u8 = 8;
-const CONTINUATION: u8 = 9;
-
-const ACK: u8 = 1;
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
-const INITIAL_WINDOW_SIZE: u16 = 4;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Head {
-    length: u32,
-    kind: u8,
-    flags: u8,
-    stream: u32,
-}
-
-impl Head {
-    fn parse(bytes: [u8; 9]) -> Self {
-        Self {
-            length: u32::from_be_bytes([0, bytes[0], bytes[1], bytes[2]]),
-            kind: bytes[3],
-            flags: bytes[4],
-            stream: u32::from_be_bytes([bytes[5], bytes[6], bytes[7], bytes[8]]) & MAX_WINDOW,
-        }
-    }
-
-    fn has(self, flag: u8) -> bool {
-        self.flags & flag != 0
-    }
-}
-
-/// What is gathered next, or passed over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum At {
-    Head,
-    /// One of the settings of a frame with so many bytes left.
-    Setting(u32),
-    /// Why we reset a stream.
-    Reason,
-    Payload(u32),
-}
-
-/// Cuts bytes into frames, wherever they were cut in transit.
-#[derive(Debug)]
-struct Frames {
-    at: At,
-    gathered: [u8; 9],
-    have: usize,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Piece {
-    Head(Head),
-    Setting { id: u16, value: u32 },
-    Reason(u32),
-}
-
-impl Default for Frames {
-    fn default() -> Self {
-        Self { at: At::Head, gathered: [0; 9], have: 0 }
-    }
-}
-
-impl Frames {
-    /// The next piece in `bytes`, which are consumed up to its end.
-    fn next(&mut self, bytes: &mut &[u8]) -> Option<Piece> {
-        loop {
-            let wanted = match self.at {
-                At::Payload(left) => {
-                    let passed = bytes.len().min(left as usize);
-                    *bytes = &bytes[passed..];
-                    let left = left - passed as u32;
-                    if left > 0 {
-                        self.at = At::Payload(left);
-                        return None;
-                    }
-                    self.at = At::Head;
-                    continue;
-                }
-                At::Head => 9,
-                At::Setting(_) => 6,
-                At::Reason => 4,
-            };
-            let taken = bytes.len().min(wanted - self.have);
-            self.gathered[self.have..self.have + taken].copy_from_slice(&bytes[..taken]);
-            self.have += taken;
-            *bytes = &bytes[taken..];
-            if self.have < wanted {
-                return None;
-            }
-            self.have = 0;
-            let number = |at: usize| u32::from_be_bytes(std::array::from_fn(|i| self.gathered[at + i]));
-            return Some(match self.at {
-                At::Head | At::Payload(_) => {
-                    let head = Head::parse(self.gathered);
-                    self.at = At::Payload(head.length);
-                    Piece::Head(head)
-                }
-                At::Setting(left) => {
-                    let left = left - 6;
-                    self.at = if left < 6 { At::Payload(left) } else { At::Setting(left) };
-                    Piece::Setting { id: (number(0) >> 16) as u16, value: number(2) }
-                }
-                At::Reason => {
-                    self.at = At::Head;
-                    Piece::Reason(number(0))
-                }
-            });
-        }
-    }
-}
 
 /// What may be spent at once, and comes back with time.
 #[derive(Debug)]

@@ -9,6 +9,7 @@ use std::future::{Future as _, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
+use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -21,9 +22,11 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::head::{self, BadHead, Head, Reuse};
 use super::{Connection, History, Pool, connect};
+use crate::proxy::call::Call;
 use crate::proxy::headers::BodyFraming;
 use crate::proxy::line::{Lost, Upload};
 use crate::proxy::metrics::Counters;
+use crate::proxy::peek::{self, Peek, Stream};
 use crate::proxy::wire::{poll_read_once, with_buffer};
 
 /// Bytes of a body that are kept so that the request can be said again.
@@ -64,6 +67,8 @@ pub enum BodyFault {
 /// The client's body on its way to the engine.
 #[derive(Debug)]
 pub struct Outgoing {
+    /// Is told whether it asks for a stream.
+    call: Rc<Call>,
     body: Upload,
     framing: BodyFraming,
     max: u64,
@@ -80,6 +85,9 @@ pub struct Outgoing {
     ahead: VecDeque<Bytes>,
     ahead_bytes: usize,
     end: End,
+    peek: Peek,
+    /// The last bytes of a body whose beginning did not tell whether it asks for a stream.
+    last: Option<Vec<u8>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,9 +97,10 @@ enum End {
 }
 
 impl Outgoing {
-    pub fn new(body: Upload, framing: BodyFraming, max: u64, patience: Duration) -> Self {
+    pub fn new(call: Rc<Call>, body: Upload, framing: BodyFraming, max: u64, patience: Duration) -> Self {
         let end = if framing == BodyFraming::None { End::Reached } else { End::Open };
         Self {
+            call,
             body,
             framing,
             max,
@@ -104,7 +113,63 @@ impl Outgoing {
             ahead: VecDeque::new(),
             ahead_bytes: 0,
             end,
+            peek: Peek::NOTHING,
+            last: None,
         }
+    }
+
+    /// Looks at what the client sent with its head. It never waits for more: hyper hands over what it
+    /// holds in the turn after it was first asked, which then goes out with our head in one write.
+    pub async fn look(&mut self) -> Result<(), BodyFault> {
+        let mut asked = false;
+        let first = poll_fn(|cx| match self.poll_body(cx) {
+            Poll::Pending if !std::mem::replace(&mut asked, true) => {
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            Poll::Pending => Poll::Ready(None),
+            ready @ Poll::Ready(_) => ready,
+        })
+        .await;
+        if let Some(data) = first.transpose()? {
+            self.peek = peek::peek(&data);
+            if self.peek.stream == Stream::Unknown && self.end == End::Open {
+                self.last = Some(Vec::new());
+                self.keep_last(&data);
+            }
+            self.tell();
+            self.ahead_bytes += data.len();
+            self.ahead.push_back(data);
+        }
+        Ok(())
+    }
+
+    /// Looks at the body's end alone, once it has passed.
+    pub fn look_at_end(&mut self) {
+        self.last = Some(Vec::new());
+    }
+
+    #[allow(dead_code)] // admission is about to ask
+    /// What the body says about the request, as far as it was looked at.
+    pub fn peek(&self) -> Peek {
+        self.peek
+    }
+
+    /// Says whether the client asks for a stream, as far as is known by now: a prompt may hide it until
+    /// the whole body has passed.
+    fn tell(&self) {
+        self.call.asks.set(match (self.peek.stream, &self.last) {
+            (Stream::Unknown, Some(last)) if self.end == End::Reached => peek::stream_at_end(last),
+            (known, _) => known,
+        });
+    }
+
+    fn keep_last(&mut self, data: &[u8]) {
+        let Some(last) = &mut self.last else { return };
+        let data = &data[data.len().saturating_sub(peek::END)..];
+        let surplus = (last.len() + data.len()).saturating_sub(peek::END);
+        last.drain(..surplus);
+        last.extend_from_slice(data);
     }
 
     /// Starts over on another connection, if nothing that was sent is lost.
@@ -169,7 +234,10 @@ impl Outgoing {
                 return Poll::Ready(None);
             }
             match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
-                None => self.end = End::Reached,
+                None => {
+                    self.end = End::Reached;
+                    self.tell();
+                }
                 Some(Err(error)) => return Poll::Ready(Some(Err(BodyFault::Broken(error)))),
                 // Trailers are dropped: merged into headers they could forge them.
                 Some(Ok(frame)) => {
@@ -181,8 +249,10 @@ impl Outgoing {
                     if self.taken > self.max {
                         return Poll::Ready(Some(Err(BodyFault::TooLarge)));
                     }
+                    self.keep_last(&data);
                     if self.body.is_end_stream() && self.framing != BodyFraming::Chunked {
                         self.end = End::Reached;
+                        self.tell();
                     }
                     return Poll::Ready(Some(Ok(data)));
                 }

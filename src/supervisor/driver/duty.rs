@@ -64,6 +64,9 @@ impl PulseState {
     }
 }
 
+/// How the warning about what a reload could not make live begins.
+const WAITS: &str = "changed in the configuration, live only after a restart";
+
 impl Driver {
     pub(super) async fn reported(&mut self, report: Report) {
         match report {
@@ -295,21 +298,19 @@ impl Driver {
         match (self.reload.0)() {
             Err(error) => tracing::error!("the configuration was not reloaded, everything stays as it was:\n{error}"),
             Ok(loaded) => {
-                let old = self.means.loaded.config.clone();
-                let mut live = old.clone();
-                live.limits = loaded.config.limits.clone();
-                live.auth = loaded.config.auth.clone();
-                let waiting = crate::config::needs_restart(&live, &loaded.config);
+                let live = &mut self.means.loaded;
+                live.config.limits = loaded.config.limits.clone();
+                live.config.auth = loaded.config.auth.clone();
+                let settings = crate::link::ProxySettings::from(&live.config);
+                let waiting = crate::config::needs_restart(live, &loaded);
+                // What the last reload said of the file is no longer true of it.
+                self.warnings.retain(|warning| !warning.starts_with(WAITS));
                 if waiting.is_empty() {
                     tracing::info!("configuration reloaded");
                 } else {
-                    self.warn(&format!(
-                        "changed in the configuration, live only after a restart: {}",
-                        waiting.join(", ")
-                    ));
+                    self.warn(&format!("{WAITS}: {}", waiting.join(", ")));
                 }
-                self.settings.send_replace(crate::link::ProxySettings::from(&live));
-                self.means.loaded.config = live;
+                self.settings.send_replace(settings);
             }
         }
         self.systemd.reloaded();

@@ -1,0 +1,119 @@
+//! An answer's body on its way to the client: ours in one piece, or the engine's as it comes.
+//!
+//! Bytes are handed on in the poll in which they are read and kept nowhere. An answer whose engine
+//! dies, or that is cut, ends in one error event where it is a stream, and always abnormally: hyper
+//! sees an error after the event is out, so the last chunk and `[DONE]` never come and a cut answer
+//! cannot look complete.
+//!
+//! ```text
+//!  Early ── the engine's stream begins ──► Engine ── all passed ──► (end)
+//!    └── refused, engine lost ─► Parting ◄── cut, engine lost ──┘
+//!                                   └── the last event is out ──► (broken)
+//! ```
+
+mod early;
+pub mod head;
+mod parting;
+mod relay;
+
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+
+pub use early::{Early, Work};
+use parting::Parting;
+pub use relay::{Relay, Shape, Source};
+
+/// Why hyper is told to break the connection.
+#[derive(Debug, thiserror::Error)]
+pub enum Interrupted {
+    #[error("the client has left")]
+    Left,
+    #[error("the engine's answer broke off: {0}")]
+    Engine(io::Error),
+    #[error("the answer was cut: {0}")]
+    Cut(String),
+    #[error("the answer was refused after it had begun")]
+    Refused,
+}
+
+/// The body of any answer.
+#[derive(Debug)]
+pub enum Answer {
+    Own(Option<Bytes>),
+    /// A stream that was begun before the engine answered.
+    Early(Box<Early>),
+    Engine(Box<Relay>),
+    /// Will not be whole; its last event is on its way.
+    Parting(Box<Parting>),
+    Broken,
+}
+
+/// What an answer comes to next.
+pub enum Next {
+    Bytes(Bytes),
+    End,
+    /// The rest is told by another.
+    Becomes(Answer),
+    /// The client is gone: there is nobody to tell.
+    Left,
+    /// It will not be whole: the last event (empty: there is none to say) and why.
+    Breaks(Bytes, Interrupted),
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = Interrupted;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Interrupted>>> {
+        let this = self.get_mut();
+        loop {
+            let (next, call) = match this {
+                Self::Own(body) => return Poll::Ready(body.take().map(|bytes| Ok(Frame::data(bytes)))),
+                Self::Broken => return Poll::Ready(None),
+                Self::Parting(parting) => match ready!(parting.poll(cx)) {
+                    Ok(event) => return Poll::Ready(Some(Ok(Frame::data(event)))),
+                    Err(why) => {
+                        *this = Self::Broken;
+                        return Poll::Ready(Some(Err(why)));
+                    }
+                },
+                Self::Engine(relay) => (ready!(relay.poll(cx)), relay.call()),
+                Self::Early(early) => (ready!(early.poll(cx)), early.call()),
+            };
+            match next {
+                Next::Bytes(bytes) => return Poll::Ready(Some(Ok(Frame::data(bytes)))),
+                Next::End => return Poll::Ready(None),
+                Next::Becomes(answer) => *this = answer,
+                Next::Breaks(event, why) => {
+                    let parting = Parting::new(Rc::clone(call), event, why);
+                    *this = Self::Parting(Box::new(parting));
+                }
+                Next::Left => {
+                    *this = Self::Broken;
+                    return Poll::Ready(Some(Err(Interrupted::Left)));
+                }
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Own(body) => body.is_none(),
+            Self::Engine(relay) => relay.is_complete(),
+            Self::Early(_) | Self::Parting(_) | Self::Broken => false,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Own(body) => SizeHint::with_exact(body.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Self::Engine(relay) => relay.size_hint(),
+            Self::Early(_) | Self::Parting(_) | Self::Broken => SizeHint::default(),
+        }
+    }
+}
