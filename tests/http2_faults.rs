@@ -6,10 +6,9 @@ use crate::harness::client::{self, get as get1};
 use crate::harness::engine::{Connection, EVENTS, Engine, LAST, chunk, json, stepped, thinking};
 use crate::harness::front::{Front, eventually, patience, settings};
 use crate::harness::hpack;
-use crate::harness::http2::{self as h2};
 use crate::harness::http2::{
-    CANCEL, CONTINUATION, Client, DATA, END_HEADERS, END_STREAM, ENHANCE_YOUR_CALM, End, GOAWAY, Goodbye, HEADERS,
-    NO_ERROR, PING, PROTOCOL_ERROR, RST_STREAM, fields, frame, get, headers, ping, post, reset, window_update,
+    self as h2, CANCEL, CONTINUATION, Client, DATA, END_HEADERS, END_STREAM, ENHANCE_YOUR_CALM, End, GOAWAY, Goodbye,
+    HEADERS, NO_ERROR, PING, PROTOCOL_ERROR, RST_STREAM, fields, frame, get, headers, ping, post, reset, window_update,
 };
 
 const CHAT: &str = "/v1/chat/completions";

@@ -10,9 +10,8 @@ use crate::harness::client::{self, get as get1, post as post1};
 use crate::harness::engine::{Connection, EVENTS, Engine, LAST, chunk, json, stepped, thinking};
 use crate::harness::front::{Front, eventually, patience, settings};
 use crate::harness::hpack;
-use crate::harness::http2::{self as h2};
 use crate::harness::http2::{
-    CANCEL, CONTINUATION, Client, DATA, END_HEADERS, END_STREAM, ENHANCE_YOUR_CALM, End, Goodbye, HEADERS,
+    self as h2, CANCEL, CONTINUATION, Client, DATA, END_HEADERS, END_STREAM, ENHANCE_YOUR_CALM, End, Goodbye, HEADERS,
     INTERNAL_ERROR, NO_ERROR, PING, PREFACE, fields, frame, get, headers, post, reset,
 };
 
