@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use sglangd::link::{Http2, ProxySettings};
+use sglangd::link::{Http2, ListenSettings, ProxySettings};
 use sglangd::proxy::Timings;
 
 use crate::harness::client::{self, get as get1, post as post1};
@@ -14,6 +14,7 @@ use crate::harness::http2::{
     self as h2, CANCEL, CONTINUATION, Client, DATA, END_HEADERS, END_STREAM, ENHANCE_YOUR_CALM, End, Goodbye, HEADERS,
     INTERNAL_ERROR, NO_ERROR, PING, PREFACE, fields, frame, get, headers, post, reset,
 };
+use crate::harness::pki::{self, Folder, Pair};
 
 const CHAT: &str = "/v1/chat/completions";
 const INITIAL_WINDOW_SIZE: u16 = 4;
@@ -301,9 +302,45 @@ fn the_preface_is_known_however_it_is_cut_and_http1_is_as_before() {
 }
 
 #[test]
+fn over_tls_the_client_chooses_by_alpn() {
+    let engine = Engine::start(|connection| {
+        while let Some(head) = connection.request() {
+            assert!(head.contains("x-forwarded-proto: https\r\n"), "{head}");
+            connection.send(json("200 OK", &"y".repeat(1 << 20)));
+        }
+    });
+    let files = Folder::with(&Pair::new());
+    let listen = |http2| ListenSettings { tls: Some(files.files()), http2 };
+    let with = |http2| Front::with(&engine, ProxySettings { listen: listen(http2), ..settings() }, Timings::default());
+    let front = with(Http2::On);
+    let connect =
+        |front: &Front, named: &[&str]| client::Client::connect(front.addr).encrypt(pki::client(named)).unwrap();
+    let spoken = connect(&front, &["http/1.1", "h2"]);
+    assert_eq!(spoken.protocol(), Some(&b"h2"[..]), "the server's wish goes first");
+    let mut spoken = Client::on(spoken).greet(&[]);
+    for stream in [1, 3] {
+        spoken.send(post(stream, CHAT, "{}"));
+        let answer = spoken.answer(stream);
+        assert_eq!((answer.status, answer.end, answer.body.len()), (200, End::Complete, 1 << 20));
+    }
+    assert_eq!(connect(&front, &["http/1.1"]).send(get1("/health")).answer().status, 200);
+    // Who names nothing may still begin with the preface.
+    let mut unnamed = Client::on(connect(&front, &[])).greet(&[]);
+    assert_eq!(unnamed.send(get(1, "/health")).answer(1).status, 200);
+    // Who agreed on HTTP/2 and says something else is let go.
+    let mut confused = connect(&front, &["h2"]);
+    confused.send(get1("/health"));
+    assert!(!matches!(confused.closes(), client::End::Complete));
+    let front = with(Http2::Off);
+    assert_eq!(connect(&front, &["h2", "http/1.1"]).protocol(), Some(&b"http/1.1"[..]));
+    assert!(client::Client::connect(front.addr).encrypt(pki::client(&["h2"])).is_err(), "nothing in common");
+}
+
+#[test]
 fn http2_can_be_switched_off() {
     let engine = Engine::answering(json("200 OK", "{}"));
-    let front = Front::with(&engine, ProxySettings { http2: Http2::Off, ..settings() }, Timings::default());
+    let listen = ListenSettings { http2: Http2::Off, ..ListenSettings::default() };
+    let front = Front::with(&engine, ProxySettings { listen, ..settings() }, Timings::default());
     assert_eq!(client::Client::ask(front.addr, [PREFACE, &h2::settings(&[])].concat()).status, 400);
     assert_eq!(client::Client::ask(front.addr, get1("/health")).status, 200);
 }

@@ -49,6 +49,8 @@ struct Plan {
     fetch: FetchView,
     engine: EngineView,
     listen: BTreeMap<&'static str, String>,
+    /// What clients may speak on the public port.
+    spoken: &'static str,
     limits: BTreeMap<&'static str, String>,
     folders: BTreeMap<&'static str, PathBuf>,
     /// Who said each value, and who lost.
@@ -162,6 +164,13 @@ pub fn run(args: PlanArgs) -> Exit {
             return Exit::Config;
         }
     };
+    let certificate = match super::certificate::check(&loaded) {
+        Ok(warnings) => warnings,
+        Err(complaint) => {
+            eprint!("{complaint}");
+            return Exit::Config;
+        }
+    };
     let source = match installed_table(&loaded.config.engine, folders.inspect_cache(), INSPECT_LIMIT) {
         Ok(source) => source,
         Err(error) => {
@@ -180,6 +189,7 @@ pub fn run(args: PlanArgs) -> Exit {
         }
     };
     let (mut plan, spec) = plan(&loaded, &source, &resolved, &folders, &sources.env);
+    plan.warnings.extend(certificate);
     let mut exit = Exit::Ok;
     if args.check {
         let words = &spec.argv[loaded.config.engine.command.len()..];
@@ -270,6 +280,7 @@ fn plan(
             ("public", config.listen.public.to_string()),
             ("admin", config.listen.admin.to_string()),
         ]),
+        spoken: config.listen.spoken(),
         limits: BTreeMap::from([
             ("max", config.limits.max.to_string()),
             ("target", config.limits.target.to_string()),
@@ -344,6 +355,7 @@ fn write_text(plan: &Plan, out: &mut String) -> std::fmt::Result {
     for (name, address) in &plan.listen {
         writeln!(out, "  {:<15}{address}", format!("{name} port"))?;
     }
+    writeln!(out, "  spoken         {}", plan.spoken)?;
     for (name, folder) in &plan.folders {
         writeln!(out, "  {:<15}{}", format!("{name} folder"), folder.display())?;
     }

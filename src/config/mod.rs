@@ -22,12 +22,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::link::Http2;
-
 pub use error::{Color, ConfigError, Mistake, nearest};
 pub use layers::is_negative_number;
 pub use load::{Loaded, Lost, Needs, Origin, SHIPPED, Sources, User, WhenMissing, flag_text, load};
 pub use source::{MAX_FILE, Place};
+
+use crate::link::{Http2, ListenSettings, TlsFiles};
 
 /// Everything sglangd was told, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -136,6 +136,20 @@ pub struct Listen {
     /// Status and metrics.
     pub admin: SocketAddr,
     pub http2: Http2,
+    /// None: plain HTTP.
+    pub tls: Option<TlsFiles>,
+}
+
+impl Listen {
+    /// What clients may speak on the public port, in words.
+    pub fn spoken(&self) -> &'static str {
+        match (self.http2, self.tls.is_some()) {
+            (Http2::On, false) => "HTTP/1.1 and HTTP/2",
+            (Http2::On, true) => "HTTP/1.1 and HTTP/2 over TLS",
+            (Http2::Off, false) => "HTTP/1.1",
+            (Http2::Off, true) => "HTTP/1.1 over TLS",
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -259,7 +273,7 @@ impl From<&Config> for crate::link::ProxySettings {
             max_body: config.limits.max_body,
             keys_file: config.auth.keys_file.clone(),
             workers: config.limits.workers.unwrap_or(cores),
-            http2: config.listen.http2,
+            listen: ListenSettings { tls: config.listen.tls.clone(), http2: config.listen.http2 },
         }
     }
 }

@@ -4,7 +4,7 @@
 //! service answers with the refusal. It also keeps the clocks that hyper does not tell about: of a
 //! head that does not come, and of a reader that has stopped reading. It does not parse HTTP:
 //! [`super::framing`] and hyper do. A connection that begins with HTTP/2's preface ends here, for
-//! hyper, and is handed over by [`Wire::turn`].
+//! hyper, and is handed over by [`Wire::hand_over`].
 
 use std::borrow::Cow;
 use std::fmt;
@@ -20,6 +20,8 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::framing::{Checker, MAX_HEAD, MAX_LINE, Step, Violation};
 use super::http2::{Opening, opening};
+use super::transport::arrival::TLS_RECORD;
+use super::transport::counts::Turned;
 use super::wire::{READ_BUFFER, Wire, with_buffer};
 
 /// What hyper gets in place of a request that must not pass; the service never takes it for one,
@@ -31,6 +33,8 @@ const BREAK: &[u8] = b"\n\r\0";
 /// How patient the proxy is with a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patience {
+    /// From a connection's acceptance to its first byte of HTTP, where something comes before that.
+    pub handshake: Duration,
     /// From a head's first byte to its last.
     pub head: Duration,
     /// Between two requests on one connection.
@@ -44,6 +48,7 @@ pub struct Patience {
 impl Default for Patience {
     fn default() -> Self {
         Self {
+            handshake: Duration::from_secs(10),
             head: Duration::from_secs(10),
             idle: Duration::from_secs(75),
             body: Duration::from_mins(1),
@@ -139,7 +144,7 @@ impl Tap {
         match opening {
             Opening::Open => self.held = whole.into_owned(),
             Opening::Http2 => {
-                self.wire.turn(whole.into_owned());
+                self.wire.hand_over(whole.into_owned());
                 self.stopped = Stopped::Turned;
             }
             Opening::Other => {
@@ -148,6 +153,11 @@ impl Tap {
             }
         }
         opening
+    }
+
+    /// Whether nothing has ever come.
+    fn is_fresh(&self) -> bool {
+        self.held.is_empty() && self.checker.between_requests() && !self.wire.was_asked()
     }
 
     /// Passes what may pass of `bytes`. Returns how many are dealt with and whether hyper got any.
@@ -285,6 +295,10 @@ impl Read for Tap {
                 }
                 if read == 0 {
                     this.wire.end();
+                } else if bytes[0] == TLS_RECORD && this.is_fresh() {
+                    // A clear 400 would be noise to who expects TLS: closed, and said in the log.
+                    this.wire.turn_away(Turned::TlsToPlain);
+                    return Poll::Ready(Ok(Some(())));
                 } else if this.held.is_empty() {
                     let (done, passed) = this.pass(bytes, &mut out);
                     this.held.extend_from_slice(&bytes[done..]);

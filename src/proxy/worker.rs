@@ -30,10 +30,12 @@ use super::metrics::Counters;
 use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
 use super::tap::{Preface, Tap};
+use super::transport::arrival::{Arrived, Greeting, Handshakes, TlsIs};
+use super::transport::identity::ALPN_HTTP2;
 use super::transport::listener::{Accepting, Listener};
 use super::transport::socket::Socket;
 use super::upstream::Pool;
-use super::wire::{self, Wire};
+use super::wire::Wire;
 use crate::link::Http2;
 
 /// After a failed accept (no descriptors): long enough to let some connection end.
@@ -46,6 +48,9 @@ pub struct Worker {
     pub pool: Rc<Pool>,
     pub engine_silence: Duration,
     http: http1::Builder,
+    /// What TCP connections begin with.
+    greeting: RefCell<Greeting>,
+    handshakes: Handshakes,
     mode: RefCell<Mode>,
     /// The tasks to wake when the mode changes, so that no connection has to watch for it.
     connections: RefCell<HashMap<u64, Waker>>,
@@ -70,6 +75,8 @@ impl Worker {
             counters,
             pool: Rc::default(),
             http,
+            greeting: RefCell::new(Greeting::None),
+            handshakes: Handshakes::default(),
             mode: RefCell::new(Mode::Serving),
             connections: RefCell::default(),
             next: Cell::new(0),
@@ -97,6 +104,9 @@ impl Worker {
         if upstream.is_none() {
             self.pool.clear();
         }
+        let tls = if snapshot.settings.listen.tls.is_some() { TlsIs::On } else { TlsIs::Off };
+        let http2 = snapshot.settings.listen.http2;
+        self.greeting.replace(Greeting::new(tls, snapshot.identity.as_deref(), http2));
         if *self.mode.borrow() != snapshot.mode {
             self.mode.borrow_mut().clone_from(&snapshot.mode);
             self.connections.borrow().values().for_each(Waker::wake_by_ref);
@@ -129,7 +139,24 @@ async fn accept(worker: Rc<Worker>, listener: Accepting) {
     loop {
         match listener.accept().await {
             Ok((socket, address)) => {
-                spawn_local(converse(Rc::clone(&worker), socket, address));
+                let worker = Rc::clone(&worker);
+                let greeting = match &socket {
+                    Socket::Tcp(_) => worker.greeting.borrow().clone(),
+                    Socket::Unix(_) => Greeting::None,
+                };
+                if let Greeting::None = greeting {
+                    let wire = Wire::plain(Rc::new(socket));
+                    spawn_local(converse(worker, Arrived { wire, address }));
+                } else {
+                    spawn_local(async move {
+                        // Boxed: what only a greeting needs is not kept for the connection's life.
+                        let greeted =
+                            Box::pin(worker.handshakes.greet(&worker.shared, socket, address, greeting)).await;
+                        if let Some(arrived) = greeted {
+                            converse(worker, arrived).await;
+                        }
+                    });
+                }
                 yield_now().await;
             }
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -172,31 +199,45 @@ enum Farewell {
     Said,
 }
 
-async fn converse(worker: Rc<Worker>, socket: Socket, address: Option<IpAddr>) {
-    let socket = Rc::new(socket);
-    let client = Wire::new(Rc::clone(&socket));
+async fn converse(worker: Rc<Worker>, arrived: Arrived) {
+    let Arrived { wire: client, address } = arrived;
     {
         let waker = poll_fn(|cx| Poll::Ready(cx.waker().clone())).await;
         let _registered = Registered::new(&worker, &waker);
-        speak_http1(&worker, &client, address).await;
-        if let Some(early) = client.turned() {
-            let speaker = http2::Client { worker: Rc::clone(&worker), address };
-            http2::serve(Rc::new(speaker), Rc::clone(&client), early).await;
+        let early = match client.protocol() {
+            Some(agreed) if agreed == ALPN_HTTP2 => Some(Vec::new()),
+            _ => {
+                speak_http1(&worker, &client, address).await;
+                client.handed_over()
+            }
+        };
+        if let Some(early) = early {
+            let speaker = http2::Client { worker: Rc::clone(&worker), address, scheme: client.scheme() };
+            // Boxed: most connections have no use for the room.
+            Box::pin(http2::serve(Rc::new(speaker), Rc::clone(&client), early)).await;
         }
     }
+    if let Some(why) = client.turned() {
+        worker.shared.connections.turn_away(why, address);
+    }
     if !client.has_ended() {
-        wire::close(socket).await;
+        client.close().await;
     }
 }
 
 /// Until the connection's end, or until it turns out to be HTTP/2.
 async fn speak_http1(worker: &Rc<Worker>, client: &Rc<Wire>, address: Option<IpAddr>) {
-    let preface = match worker.shared.snapshot().settings.http2 {
+    let preface = match worker.shared.snapshot().settings.listen.http2 {
         Http2::On => Preface::Possible,
         Http2::Off => Preface::Excluded,
     };
     let tap = Tap::new(Rc::clone(client), worker.shared.timings.client, preface);
-    let peer = Rc::new(Peer { worker: Rc::clone(worker), line: Line::Http1(Rc::clone(client)), address });
+    let peer = Rc::new(Peer {
+        worker: Rc::clone(worker),
+        line: Line::Http1(Rc::clone(client)),
+        address,
+        scheme: client.scheme(),
+    });
     let service = service_fn(move |request| service::answer(Rc::clone(&peer), Request::map(request, Upload::Http1)));
     let mut connection = pin!(worker.http.serve_connection(tap, service));
     // Who connects during a drain is answered; only what was open before is let go.

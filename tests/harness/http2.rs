@@ -1,9 +1,11 @@
 //! A client of HTTP/2 on a raw socket: says exactly the given frames, and tells what came back.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::mem::MaybeUninit;
+use std::net::{Shutdown, SocketAddr};
 use std::time::Duration;
 
+use super::client::{self, Stream};
 use super::hpack::{self, Decoder};
 
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -155,7 +157,7 @@ pub enum Appetite {
 
 #[derive(Debug)]
 pub struct Client {
-    stream: TcpStream,
+    stream: Stream,
     unread: Vec<u8>,
     decoder: Decoder,
     appetite: Appetite,
@@ -167,11 +169,13 @@ pub struct Client {
 impl Client {
     /// A connection on which nothing was said.
     pub fn bare(addr: SocketAddr) -> Self {
-        let stream = TcpStream::connect(addr).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        stream.set_nodelay(true).unwrap();
+        Self::on(client::Client::connect(addr))
+    }
+
+    /// The same on a connection of any kind.
+    pub fn on(client: client::Client) -> Self {
         Self {
-            stream,
+            stream: client.into_stream(),
             unread: Vec::new(),
             decoder: Decoder::default(),
             appetite: Appetite::Hungry,
@@ -186,10 +190,14 @@ impl Client {
     }
 
     pub fn with(addr: SocketAddr, theirs: &[(u16, u32)]) -> Self {
-        let mut client = Self::bare(addr);
-        client.send([PREFACE, &settings(theirs)].concat());
-        client.until(|frame| frame.kind == SETTINGS && frame.flags & ACK != 0).expect("our settings are acknowledged");
-        client
+        Self::bare(addr).greet(theirs)
+    }
+
+    /// Says and acknowledges settings.
+    pub fn greet(mut self, theirs: &[(u16, u32)]) -> Self {
+        self.send([PREFACE, &settings(theirs)].concat());
+        self.until(|frame| frame.kind == SETTINGS && frame.flags & ACK != 0).expect("our settings are acknowledged");
+        self
     }
 
     pub fn starved(mut self) -> Self {
@@ -205,7 +213,7 @@ impl Client {
 
     /// Whether a write went through: for floods.
     pub fn pours(&mut self, bytes: &[u8]) -> bool {
-        self.stream.set_write_timeout(Some(Duration::from_secs(5))).unwrap();
+        self.stream.socket().set_write_timeout(Some(Duration::from_secs(5))).unwrap();
         self.stream.write_all(bytes).is_ok()
     }
 
@@ -338,9 +346,9 @@ impl Client {
 
     /// Whether nothing comes for `wait`.
     pub fn is_quiet(&mut self, wait: Duration) -> bool {
-        self.stream.set_read_timeout(Some(wait)).unwrap();
-        let read = self.stream.peek(&mut [0]);
-        self.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        self.stream.socket().set_read_timeout(Some(wait)).unwrap();
+        let read = self.stream.socket().peek(&mut [MaybeUninit::uninit()]);
+        self.stream.socket().set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         read.is_err_and(|error| matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut))
     }
 
@@ -356,11 +364,11 @@ impl Client {
     }
 
     pub fn fin(&mut self) {
-        self.stream.shutdown(Shutdown::Write).unwrap();
+        self.stream.socket().shutdown(Shutdown::Write).unwrap();
     }
 
     pub fn rst(self) {
-        socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO)).unwrap();
+        self.stream.socket().set_linger(Some(Duration::ZERO)).unwrap();
     }
 }
 

@@ -8,5 +8,6 @@ pub mod front;
 pub mod hpack;
 pub mod http2;
 pub mod hub;
+pub mod pki;
 pub mod processes;
 pub mod scene;

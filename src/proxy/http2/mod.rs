@@ -31,6 +31,7 @@ pub use flow::Flow;
 pub use upload::Upload;
 
 use super::framing::MAX_HEAD;
+use super::wire::Scheme;
 use super::worker::Worker;
 
 /// Who speaks on one connection.
@@ -39,6 +40,7 @@ pub struct Client {
     pub worker: Rc<Worker>,
     /// None: it came over a Unix socket.
     pub address: Option<IpAddr>,
+    pub scheme: Scheme,
 }
 
 /// Whether a connection's first bytes are HTTP/2's.

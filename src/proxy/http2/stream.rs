@@ -95,8 +95,12 @@ impl Stream {
         let asked = if parts.method == Method::HEAD { Asked::HeadAlone } else { Asked::Whole };
         let interim = if parts.headers.contains_key(EXPECT) { Interim::Due } else { Interim::NotAsked };
         let upload = line::Upload::Http2(Upload::new(body, Rc::clone(&flow)));
-        let peer =
-            Peer { worker: Rc::clone(&client.worker), line: Line::Http2(Rc::clone(&flow)), address: client.address };
+        let peer = Peer {
+            worker: Rc::clone(&client.worker),
+            line: Line::Http2(Rc::clone(&flow)),
+            address: client.address,
+            scheme: client.scheme,
+        };
         let answering = Box::pin(service::answer(Rc::new(peer), Request::from_parts(parts, upload)));
         Self { client, flow, state: State::Asking { answering, reply, asked, interim } }
     }
