@@ -9,6 +9,7 @@ use std::time::Duration;
 use sglangd::link::{Down, EngineState, EngineView, ProxySettings, Traffic, Up, pair, split};
 use sglangd::proxy::{Proxy, Supervision, Timings, linked};
 
+use crate::harness::alone::Process;
 use crate::harness::client::{Client, End, get, head, post, post_with};
 use crate::harness::engine::{Engine, json};
 use crate::harness::front::{Front, eventually, settings, view};
@@ -458,41 +459,10 @@ fn many_clients_on_several_workers_lose_nothing() {
     assert_eq!(front.proxy.traffic().served, 600);
 }
 
-/// `sglangd proxy` as a process; killed at the test's end.
-struct Process(std::process::Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Process {
-    fn start(args: &[&str]) -> Self {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_sglangd"));
-        Self(command.arg("proxy").args(args).spawn().unwrap())
-    }
-
-    /// The data plane alone, on a port of the kernel's choice that was free a moment ago.
-    fn alone(engine: &Engine, more: &[&str]) -> (Self, std::net::SocketAddr) {
-        let addr = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let (listen, upstream) = (addr.to_string(), format!("http://{}", engine.addr));
-        let process = Self::start(&[&["--listen", &listen, "--upstream", &upstream], more].concat());
-        eventually("the proxy listens", || std::net::TcpStream::connect(addr).is_ok());
-        (process, addr)
-    }
-
-    fn signal(&self, signal: nix::sys::signal::Signal) {
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.0.id()).unwrap());
-        nix::sys::signal::kill(pid, signal).unwrap();
-    }
-}
-
 #[test]
 fn the_data_plane_alone_drains_at_sigterm() {
     let (engine, release) = held();
-    let (mut process, addr) = Process::alone(&engine, &["--set", "limits.max=2"]);
+    let (mut process, addr) = Process::alone(engine.addr, &["--set", "limits.max=2"]);
     let mut open = Client::connect(addr);
     open.send(post(CHAT, "{}"));
     eventually("the request is with the engine", || engine.requests() == 1);
@@ -507,7 +477,7 @@ fn the_data_plane_alone_drains_at_sigterm() {
 #[test]
 fn a_second_signal_ends_the_data_plane_at_once() {
     let (engine, _release) = held();
-    let (mut process, addr) = Process::alone(&engine, &[]);
+    let (mut process, addr) = Process::alone(engine.addr, &[]);
     let mut open = Client::connect(addr);
     open.send(post(CHAT, "{}"));
     eventually("the request is with the engine", || engine.requests() == 1);
@@ -525,7 +495,7 @@ fn streams_that_outlast_the_grace_are_cut_with_an_error_event() {
         connection.send(crate::harness::engine::chunk("data: one\n\n"));
         connection.until_closed();
     });
-    let (mut process, addr) = Process::alone(&engine, &["--grace", "1"]);
+    let (mut process, addr) = Process::alone(engine.addr, &["--grace", "1"]);
     let mut open = Client::connect(addr);
     open.send(post(CHAT, "{}")).until("data: one\n\n");
     process.signal(nix::sys::signal::Signal::SIGTERM);

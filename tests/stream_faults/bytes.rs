@@ -1,6 +1,5 @@
 //! D06–D09 and D11: what the engine says passes byte for byte, when it is said, and ends where it ends.
 
-
 use proptest::prelude::*;
 use sglangd::link::ProxySettings;
 use sglangd::proxy::Timings;

@@ -4,7 +4,9 @@ mod again;
 mod broken;
 mod bytes;
 mod leaving;
+mod mass;
 mod silence;
+mod told;
 
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
