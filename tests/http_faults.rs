@@ -342,7 +342,10 @@ fn a18_pipelined_requests_are_answered_in_order_one_at_a_time() {
 
 fn impatient() -> Timings {
     let soon = Duration::from_millis(150);
-    Timings { client: Patience { head: soon, idle: soon, body: soon, write: soon }, ..Timings::default() }
+    Timings {
+        client: Patience { handshake: soon, head: soon, idle: soon, body: soon, write: soon },
+        ..Timings::default()
+    }
 }
 
 #[test]

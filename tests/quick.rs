@@ -15,4 +15,5 @@ mod repositories;
 mod signal_faults;
 mod simulated_engine;
 mod stream_faults;
+mod tls_faults;
 mod weights_faults;

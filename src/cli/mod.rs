@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 pub use crate::exit;
+mod certificate;
 pub mod fetch;
 pub mod guard;
 pub mod plan;

@@ -162,6 +162,13 @@ pub fn run(args: PlanArgs) -> Exit {
             return Exit::Config;
         }
     };
+    let certificate = match super::certificate::check(&loaded) {
+        Ok(warnings) => warnings,
+        Err(complaint) => {
+            eprint!("{complaint}");
+            return Exit::Config;
+        }
+    };
     let source = match installed_table(&loaded.config.engine, folders.inspect_cache(), INSPECT_LIMIT) {
         Ok(source) => source,
         Err(error) => {
@@ -180,6 +187,7 @@ pub fn run(args: PlanArgs) -> Exit {
         }
     };
     let (mut plan, spec) = plan(&loaded, &source, &resolved, &folders, &sources.env);
+    plan.warnings.extend(certificate);
     let mut exit = Exit::Ok;
     if args.check {
         let words = &spec.argv[loaded.config.engine.command.len()..];

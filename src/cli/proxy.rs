@@ -9,12 +9,12 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::time::{sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 use super::exit::Exit;
 use crate::config::{Color, LogFormat, Needs, Sources, WhenMissing, load};
 use crate::link::{EngineState, EngineView, ProxySettings, Upstream};
-use crate::proxy::{Listener, Proxy, Supervision, Timings, linked};
+use crate::proxy::{CERTIFICATE_LOOK, Listener, Proxy, Supervision, Timings, linked};
 use crate::sys::{fd, seccomp};
 
 #[derive(Debug, Args)]
@@ -94,7 +94,7 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
         tracing::warn!(%address, "everybody who reaches this address may use the engine: set auth.keys_file");
     }
     tracing::info!(%address, engine = %upstream, "proxying");
-    runtime.block_on(until_stopped(&proxy, signals, Duration::from_secs(args.grace)));
+    runtime.block_on(until_stopped(&mut proxy, signals, Duration::from_secs(args.grace), &args.config));
     proxy.close();
     Ok(Exit::Ok)
 }
@@ -105,8 +105,8 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
-    /// Caught and not looked at: a terminal that closes is no reason to stop.
-    _hangup: Signal,
+    /// Limits, keys and certificates are read again; a terminal that closes is no reason to stop.
+    hangup: Signal,
 }
 
 impl Signals {
@@ -114,7 +114,7 @@ impl Signals {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
-            _hangup: signal(SignalKind::hangup())?,
+            hangup: signal(SignalKind::hangup())?,
         })
     }
 
@@ -127,8 +127,17 @@ impl Signals {
 }
 
 /// Serves until SIGTERM or SIGINT, then drains within `grace`; a second signal ends at once.
-async fn until_stopped(proxy: &Proxy, mut signals: Signals, grace: Duration) {
-    signals.stop().await;
+async fn until_stopped(proxy: &mut Proxy, mut signals: Signals, grace: Duration, config: &super::ConfigArgs) {
+    let mut files = interval(CERTIFICATE_LOOK);
+    files.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = signals.terminate.recv() => break,
+            _ = signals.interrupt.recv() => break,
+            _ = signals.hangup.recv() => reload(proxy, config),
+            _ = files.tick(), if proxy.has_files() => look_at_files(proxy),
+        }
+    }
     tracing::info!("draining");
     proxy.drain();
     tokio::select! {
@@ -141,6 +150,24 @@ async fn until_stopped(proxy: &Proxy, mut signals: Signals, grace: Duration) {
             sleep(Duration::from_millis(20)).await;
         }
         () = signals.stop() => {}
+    }
+}
+
+fn look_at_files(proxy: &mut Proxy) {
+    proxy.look_at_certificate();
+    match proxy.look_at_keys() {
+        None => {}
+        Some(Ok(())) => tracing::info!("the keys were read again"),
+        Some(Err(error)) => tracing::error!("the new keys are not used, the old ones stay: {error}"),
+    }
+}
+
+/// A wrong file changes nothing.
+fn reload(proxy: &mut Proxy, config: &super::ConfigArgs) {
+    let outcome = settings(config).and_then(|(settings, _)| proxy.settings(settings).map_err(Into::into));
+    match outcome {
+        Ok(()) => tracing::info!("configuration reloaded"),
+        Err(error) => tracing::error!("the configuration was not reloaded, everything stays as it was: {error:#}"),
     }
 }
 
@@ -187,5 +214,6 @@ fn settings(args: &super::ConfigArgs) -> anyhow::Result<(ProxySettings, Duration
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
+    super::certificate::check(&loaded).map_err(|complaint| Wrong(Exit::Config, complaint))?;
     Ok((ProxySettings::from(&loaded.config), loaded.config.limits.hold))
 }

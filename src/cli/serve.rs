@@ -60,6 +60,10 @@ pub fn run(mut args: ServeArgs) -> Exit {
         eprint!("{complaint}");
         return Exit::Config;
     }
+    if let Err(complaint) = super::certificate::check(&loaded) {
+        eprint!("{complaint}");
+        return Exit::Config;
+    }
     let bound = match bind::all(&loaded.config, &folders) {
         Ok(bound) => bound,
         Err(error) => {
@@ -127,6 +131,7 @@ impl Supervisor {
         let Bound { public, admin: admin_listener, admin_socket, socket_path, lock } = bound;
         let listen = Listening {
             public: public.local_addr()?.to_string(),
+            tls: loaded.config.listen.tls.is_some(),
             admin: admin_listener.local_addr()?.to_string(),
             admin_socket: Some(socket_path.clone()),
         };
@@ -143,7 +148,9 @@ impl Supervisor {
             signals,
             reload: Reload(Box::new(move || {
                 let again = Sources { missing: WhenMissing::BuiltIn, ..sources.clone() };
-                load(&again).map_err(|error| error.render(Color::Plain))
+                let loaded = load(&again).map_err(|error| error.render(Color::Plain))?;
+                super::certificate::check(&loaded)?;
+                Ok(loaded)
             })),
         };
         let (driver, outlook) = Driver::new(outside);
@@ -212,10 +219,11 @@ fn greet(loaded: &Loaded, bound: &Bound) {
     let admin = bound.admin.local_addr().ok();
     let (Some(address), Some(admin)) = (address, admin) else { return };
     let model = &loaded.config.model.name;
+    let scheme = if loaded.config.listen.tls.is_some() { "https" } else { "http" };
     let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "sglangd {} serves {model} on http://{address}", env!("CARGO_PKG_VERSION"));
+    let _ = writeln!(out, "sglangd {} serves {model} on {scheme}://{address}", env!("CARGO_PKG_VERSION"));
     let _ = writeln!(out);
-    let _ = writeln!(out, "  curl -N http://{address}/v1/chat/completions -H 'Content-Type: application/json' \\");
+    let _ = writeln!(out, "  curl -N {scheme}://{address}/v1/chat/completions -H 'Content-Type: application/json' \\");
     let _ = writeln!(
         out,
         "    -d '{{\"model\": \"{model}\", \"stream\": true, \"messages\": [{{\"role\": \"user\", \"content\": \"Hello!\"}}]}}'"

@@ -174,7 +174,8 @@ fn render(status: &Status) -> String {
     if let Some(pid) = status.proxy.pid {
         row("proxy", &format!("pid {pid}, {}", times(status.proxy.restarts)));
     }
-    row("listen", &format!("{} (admin {})", status.listen.public, status.listen.admin));
+    let tls = if status.listen.tls { " with TLS" } else { "" };
+    row("listen", &format!("{}{tls} (admin {})", status.listen.public, status.listen.admin));
     for warning in &status.warnings {
         row("warning", warning);
     }
@@ -278,7 +279,7 @@ mod tests {
             requests: Requests { in_flight: 1, queued: 2, max: 32, target: 10, served: 7 },
             proxy: ProxyStatus { pid: Some(40), restarts: 0 },
             weights: Some(WeightsStatus { done: 1_500_000_000, total: 3_000_000_000, rate: 500, ..Default::default() }),
-            listen: Listening { public: "0.0.0.0:8000".into(), admin: "127.0.0.1:8001".into(), admin_socket: None },
+            listen: Listening { public: "0.0.0.0:8000".into(), admin: "127.0.0.1:8001".into(), ..Listening::default() },
             warnings: vec!["one".into(), "two".into()],
             uptime_seconds: 8000,
             config_files: Vec::new(),

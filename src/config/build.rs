@@ -11,6 +11,8 @@ use super::keys::{self, KEYS, Shape};
 use super::layers::{Layers, Said};
 use super::source::{self, Place, SourceKind};
 use super::values::{endpoint, model_name, repo, whole};
+use crate::link::{Expired, TlsFiles};
+
 use super::{
     Auth, Config, Download, Engine, Flags, Health, Limits, Listen, LogFormat, Model, ModelSource, Observe, OnGiveUp,
     Restart, Shutdown, Start, UnknownFlags, Weights, units,
@@ -59,7 +61,11 @@ impl<'a> Builder<'a> {
                     .choice("engine.unknown_flags", &[("refuse", UnknownFlags::Refuse), ("pass", UnknownFlags::Pass)]),
                 env: self.environment(),
             },
-            listen: Listen { public: self.address("listen.public"), admin: self.address("listen.admin") },
+            listen: Listen {
+                public: self.address("listen.public"),
+                admin: self.address("listen.admin"),
+                tls: self.tls(),
+            },
             limits: Limits {
                 max: self.count("limits.max", 1, 100_000),
                 target: self.count("limits.target", 1, 100_000),
@@ -237,6 +243,30 @@ impl<'a> Builder<'a> {
             }
             Ok(address)
         })
+    }
+
+    fn tls(&mut self) -> Option<TlsFiles> {
+        let expired = self.choice("listen.tls.strict", &[("true", Expired::Refused), ("false", Expired::Warned)]);
+        let files = (self.path("listen.tls.cert"), self.path("listen.tls.key"));
+        match files {
+            (Some(cert), Some(key)) => Some(TlsFiles { cert, key, expired }),
+            (None, None) => None,
+            (cert, _) => {
+                let (said, missing) = match cert {
+                    Some(_) => ("listen.tls.cert", "listen.tls.key"),
+                    None => ("listen.tls.key", "listen.tls.cert"),
+                };
+                let mut mistake = Mistake::new(
+                    format!("`{said}` stands without `{missing}`"),
+                    "TLS needs both: the certificate and its private key, as PEM files",
+                );
+                if let Some(place) = self.value_place(said) {
+                    mistake = mistake.at(&place, "only this one");
+                }
+                self.mistakes.push(mistake);
+                None
+            }
+        }
     }
 
     fn words(&mut self, path: &'static str) -> Vec<String> {

@@ -14,7 +14,7 @@ pub enum Shape {
 
 #[derive(Debug, Clone, Copy)]
 pub struct Key {
-    /// `section.key`.
+    /// `section.key`, or `section.part.key`.
     pub path: &'static str,
     pub shape: Shape,
     /// As it would be written; none: not set.
@@ -51,6 +51,9 @@ pub const KEYS: &[Key] = &[
     Key { path: "engine.env", shape: Shape::Environment, default: None, is: "environment variables: NAME: value" },
     scalar("listen.public", "0.0.0.0:8000", "ADDRESS:PORT"),
     scalar("listen.admin", "127.0.0.1:8001", "ADDRESS:PORT"),
+    unset("listen.tls.cert", "a PEM file: the certificate and those that lead to its authority"),
+    unset("listen.tls.key", "a PEM file: the certificate's private key"),
+    scalar("listen.tls.strict", "false", "`true` or `false`"),
     scalar("limits.max", "32", "a number from 1 to 100000"),
     scalar("limits.target", "10", "a number from 1 to 100000"),
     scalar("limits.queue", "256", "a number from 0 to 1000000"),
@@ -76,6 +79,11 @@ pub const KEYS: &[Key] = &[
 
 pub fn find(path: &str) -> Option<&'static Key> {
     KEYS.iter().find(|key| key.path == path)
+}
+
+/// Whether this names a part of a section that has keys of its own.
+pub fn is_part(path: &str) -> bool {
+    KEYS.iter().any(|key| key.path.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')))
 }
 
 /// The sections, in order.

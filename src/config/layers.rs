@@ -99,20 +99,21 @@ impl Layers {
         };
         for section in entries {
             if keys::sections().contains(&section.key.as_str()) {
-                self.section(section);
+                self.section(&section.key, section);
             } else {
                 self.mistakes.push(unknown_section(section));
             }
         }
     }
 
-    fn section(&mut self, section: &Entry) {
+    /// A section, or a part of one: `path` is its name in full.
+    fn section(&mut self, path: &str, section: &Entry) {
         let Node::Map(entries, _) = &section.value else {
             if !section.value.is_null() {
-                let example = keys::of_section(&section.key).next().unwrap_or_default();
+                let example = keys::of_section(path).next().unwrap_or_default();
                 self.mistakes.push(
                     Mistake::new(
-                        format!("`{}` is a section, not {}", section.key, section.value.describe()),
+                        format!("`{path}` is a section, not {}", section.value.describe()),
                         format!("write its keys below it, indented: `{example}: …`"),
                     )
                     .at(section.value.place(), "not a section"),
@@ -121,10 +122,11 @@ impl Layers {
             return;
         };
         for entry in entries {
-            let path = format!("{}.{}", section.key, entry.key);
-            match keys::find(&path) {
+            let full = format!("{path}.{}", entry.key);
+            match keys::find(&full) {
                 Some(key) => self.assign(key, entry),
-                None => self.mistakes.push(unknown_key(&section.key, entry)),
+                None if keys::is_part(&full) => self.section(&full, entry),
+                None => self.mistakes.push(unknown_key(path, entry)),
             }
         }
     }

@@ -27,6 +27,8 @@ pub use layers::is_negative_number;
 pub use load::{Loaded, Lost, Needs, Origin, SHIPPED, Sources, User, WhenMissing, flag_text, load};
 pub use source::{MAX_FILE, Place};
 
+use crate::link::{ListenSettings, TlsFiles};
+
 /// Everything sglangd was told, checked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -133,6 +135,8 @@ pub struct Listen {
     pub public: SocketAddr,
     /// Status and metrics.
     pub admin: SocketAddr,
+    /// None: plain HTTP.
+    pub tls: Option<TlsFiles>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -256,6 +260,7 @@ impl From<&Config> for crate::link::ProxySettings {
             max_body: config.limits.max_body,
             keys_file: config.auth.keys_file.clone(),
             workers: config.limits.workers.unwrap_or(cores),
+            listen: ListenSettings { tls: config.listen.tls.clone() },
         }
     }
 }

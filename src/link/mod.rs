@@ -142,6 +142,35 @@ pub struct ProxySettings {
     pub keys_file: Option<PathBuf>,
     /// Worker threads.
     pub workers: usize,
+    /// What comes under HTTP on the public side.
+    pub listen: ListenSettings,
+}
+
+/// How clients' connections are spoken before HTTP begins.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenSettings {
+    /// None: the public address speaks plain HTTP.
+    pub tls: Option<TlsFiles>,
+}
+
+/// Where the server's certificate and key lie, as PEM files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TlsFiles {
+    /// The chain, the server's own certificate first.
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    pub expired: Expired,
+}
+
+/// What becomes of a certificate that is past its end.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Expired {
+    /// Used, and said loudly: clients decide.
+    #[default]
+    Warned,
+    /// Not used.
+    Refused,
 }
 
 /// From the supervisor to the proxy.
@@ -180,6 +209,11 @@ pub enum Up {
     /// There is something the proxy cannot live by (a broken keys file); it goes on with what it had.
     Refused {
         reason: String,
+    },
+    /// What is not as it should be, though it works (a certificate that ends soon); replaces what was
+    /// said before.
+    Warnings {
+        warnings: Vec<String>,
     },
     /// What was refused is in order again, and in use.
     Recovered,

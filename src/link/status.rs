@@ -113,6 +113,9 @@ pub struct WeightsStatus {
 pub struct Listening {
     /// Where clients connect.
     pub public: String,
+    /// Whether they speak TLS there.
+    #[serde(default)]
+    pub tls: bool,
     /// Status and metrics.
     pub admin: String,
     /// The same on a Unix socket.

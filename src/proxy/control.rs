@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::{Listener, Proxy, ProxyError, Supervision, Timings};
+use super::{CERTIFICATE_LOOK, Listener, Proxy, ProxyError, Supervision, Timings};
 use crate::link::{Down, LinkError, Traffic, Up, split};
 
 /// How often the facts are looked at; sent when they changed.
@@ -56,6 +56,7 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
     up.send(&hello).await?;
     let mut look = interval(LOOK);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut warned, mut certificate_seen) = (Vec::new(), Instant::now());
     let (mut sent, mut sent_at): (Option<Traffic>, Instant) = (None, Instant::now());
     let mut keys = KeysNews::default();
     loop {
@@ -88,6 +89,14 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
                 }
             }
             _ = look.tick() => {
+                if certificate_seen.elapsed() >= CERTIFICATE_LOOK {
+                    certificate_seen = Instant::now();
+                    proxy.look_at_certificate();
+                }
+                if proxy.warnings() != warned {
+                    warned = proxy.warnings().to_vec();
+                    up.send(&Up::Warnings { warnings: warned.clone() }).await?;
+                }
                 if born.elapsed() >= FIRST_WORD && let Some(listeners) = unheard.take() {
                     proxy.listen(listeners)?;
                 }

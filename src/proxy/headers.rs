@@ -6,6 +6,8 @@ use std::net::{IpAddr, SocketAddr};
 use http::header::{self, HeaderName, HeaderValue};
 use http::request::Parts;
 
+use super::wire::Scheme;
+
 /// Whether the field belongs to one connection. The list is fixed: what a client names in its
 /// `Connection` header is not stripped, or it could strip `authorization` (RFC 9110 §7.6.1 abuse).
 pub fn is_hop_by_hop(name: &HeaderName) -> bool {
@@ -68,6 +70,7 @@ pub struct Said<'a> {
     pub engine: SocketAddr,
     /// None: it came over a Unix socket.
     pub client: Option<IpAddr>,
+    pub scheme: Scheme,
     pub request_id: &'a HeaderValue,
     pub credentials: Credentials<'a>,
     pub body: BodyFraming,
@@ -98,7 +101,7 @@ pub fn write(request: &Parts, said: &Said<'_>) -> Vec<u8> {
     if let Some(client) = said.client {
         let _ = write!(text, "x-forwarded-for: {client}\r\n");
     }
-    text.push_str("x-forwarded-proto: http\r\n");
+    let _ = write!(text, "x-forwarded-proto: {}\r\n", said.scheme.name());
     match said.body {
         BodyFraming::None => {}
         BodyFraming::Length(length) => {
@@ -165,6 +168,7 @@ mod tests {
         let said = Said {
             engine: "127.0.0.1:3000".parse().expect("an address"),
             client: Some("10.0.0.9".parse().expect("an address")),
+            scheme: Scheme::Http,
             request_id: &id,
             credentials,
             body: BodyFraming::Length(3),

@@ -39,11 +39,15 @@ use std::time::Duration;
 pub use control::{End, linked};
 pub use state::{Supervision, Timings};
 pub use tap::Patience;
+pub use transport::identity::{Identity, TlsError};
 pub use transport::listener::Listener;
+pub use transport::renewal::LOOK as CERTIFICATE_LOOK;
 
 use crate::keys::KeysError;
 use crate::link::{EngineView, ProxySettings, Traffic};
+use jiff::Timestamp;
 use state::{Mode, Shared};
+use transport::renewal::Renewal;
 
 /// What keeps a proxy from running.
 #[derive(Debug, thiserror::Error)]
@@ -59,13 +63,19 @@ pub enum ProxyError {
 pub struct Proxy {
     shared: Arc<Shared>,
     listeners: Vec<Listener>,
+    renewal: Renewal,
     workers: Vec<JoinHandle<io::Result<()>>>,
 }
 
 impl Proxy {
     /// A proxy without listeners: to be told what it should know, and then to [`Self::listen`].
     pub fn new(timings: Timings, supervision: Supervision) -> Self {
-        Self { shared: Shared::new(timings, supervision), listeners: Vec::new(), workers: Vec::new() }
+        Self {
+            shared: Shared::new(timings, supervision),
+            listeners: Vec::new(),
+            renewal: Renewal::default(),
+            workers: Vec::new(),
+        }
     }
 
     /// Accepts from now on. Before its first settings the proxy has one worker, so that clients are
@@ -82,8 +92,33 @@ impl Proxy {
     /// new proxy: a thread's connections cannot move.
     pub fn settings(&mut self, settings: ProxySettings) -> Result<(), ProxyError> {
         let workers = settings.workers;
+        let read = self.renewal.use_files(settings.listen.tls.as_ref(), &self.shared.connections, Timestamp::now());
+        if let Err(error) = read {
+            // No reason to refuse the rest: TLS goes on with the old one, or with the next good one.
+            tracing::error!("the certificate's files are not used: {error}");
+        }
+        self.shared.identify(self.renewal.current());
         self.shared.apply(settings)?;
         self.grow(workers)
+    }
+
+    /// Reads the certificate anew if its files have changed; to be called each [`CERTIFICATE_LOOK`].
+    pub fn look_at_certificate(&mut self) {
+        match self.renewal.look(&self.shared.connections, Timestamp::now()) {
+            Some(Ok(identity)) => self.shared.identify(Some(identity)),
+            Some(Err(error)) => tracing::error!("the new certificate is not used, the old one stays: {error}"),
+            None => {}
+        }
+    }
+
+    /// Whether there are files to look at.
+    pub fn has_files(&self) -> bool {
+        self.renewal.is_on() || self.shared.snapshot().settings.keys_file.is_some()
+    }
+
+    /// What is not as it should be, though the proxy works.
+    pub fn warnings(&self) -> &[String] {
+        self.renewal.warnings()
     }
 
     /// Reads the keys anew if their file has changed; none: it has not. To be called every few seconds.

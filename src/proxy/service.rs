@@ -28,6 +28,7 @@ use super::peek::Stream;
 use super::routes::{self, Decision, Own, Route};
 use super::state::{Mode, Snapshot, Supervision};
 use super::upstream::exchange::{BodyFault, Failure, Outgoing, exchange};
+use super::wire::Scheme;
 use super::worker::Worker;
 use crate::admission::{Caller, Refused, Ticket};
 use crate::link::{EngineView, Gate, Upstream};
@@ -39,6 +40,7 @@ pub struct Peer {
     pub line: Line,
     /// None: it came over a Unix socket.
     pub address: Option<IpAddr>,
+    pub scheme: Scheme,
 }
 
 /// The client is gone: there is nobody to answer.
@@ -297,7 +299,10 @@ fn request_head(
         (None, None) => Credentials::Client,
         (key, _) => Credentials::Engine(key.as_deref()),
     };
-    headers::write(parts, &Said { engine: upstream.addr, client: peer.address, request_id: id, credentials, body })
+    headers::write(
+        parts,
+        &Said { engine: upstream.addr, client: peer.address, scheme: peer.scheme, request_id: id, credentials, body },
+    )
 }
 
 fn explain(peer: &Peer, snapshot: &Snapshot, failure: Failure) -> Refusal {

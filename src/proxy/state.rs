@@ -13,9 +13,11 @@ use tokio::time::Instant;
 use super::auth::{KeyRing, KeysFile, Roster};
 use super::metrics::{self, Counters, Gauges};
 use super::tap::Patience;
+use super::transport::counts::Counts;
+use super::transport::identity::Identity;
 use crate::admission::{Admission, Limits};
 use crate::keys::KeysError;
-use crate::link::{EngineView, Gate, ProxySettings, Traffic};
+use crate::link::{EngineView, Gate, ListenSettings, ProxySettings, Traffic};
 
 /// Whether requests are admitted, and what becomes of those that were.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +53,8 @@ pub struct Timings {
     pub keep_alive: Duration,
     /// A supervisor that said nothing for this long is stuck: it speaks each second.
     pub supervisor_silence: Duration,
+    /// Handshakes that one worker has under way at most.
+    pub handshakes: usize,
 }
 
 impl Default for Timings {
@@ -60,6 +64,7 @@ impl Default for Timings {
             engine_silence: Duration::from_mins(15),
             keep_alive: Duration::from_secs(15),
             supervisor_silence: Duration::from_secs(10),
+            handshakes: 512,
         }
     }
 }
@@ -69,6 +74,8 @@ pub struct Snapshot {
     pub settings: ProxySettings,
     /// None: no key is asked for.
     pub keys: Option<Arc<KeyRing>>,
+    /// None: no certificate is wanted, or none can be used.
+    pub identity: Option<Arc<Identity>>,
     /// None: nothing is known yet.
     pub engine: Option<EngineView>,
     pub mode: Mode,
@@ -79,6 +86,8 @@ pub struct Snapshot {
 pub struct Shared {
     snapshot: watch::Sender<Arc<Snapshot>>,
     pub admission: Admission,
+    /// What happened to connections before HTTP.
+    pub connections: Counts,
     pub timings: Timings,
     pub supervision: Supervision,
     roster: Roster,
@@ -108,6 +117,7 @@ fn no_settings() -> ProxySettings {
         max_body: u64::MAX, // nothing is read before there is a place
         keys_file: None,
         workers: 1,
+        listen: ListenSettings::default(),
     }
 }
 
@@ -115,10 +125,11 @@ impl Shared {
     pub fn new(timings: Timings, supervision: Supervision) -> Arc<Self> {
         let settings = no_settings();
         let wanted = Wanted { settings: settings.clone(), keys_file: None, complaint: None };
-        let snapshot = Snapshot { settings, keys: None, engine: None, mode: Mode::Serving };
+        let snapshot = Snapshot { settings, keys: None, identity: None, engine: None, mode: Mode::Serving };
         Arc::new(Self {
             snapshot: watch::Sender::new(Arc::new(snapshot)),
             admission: Admission::new(Limits { max: 0, queue: 0 }, Gate::Closed),
+            connections: Counts::default(),
             timings,
             supervision,
             roster: Roster::default(),
@@ -170,6 +181,11 @@ impl Shared {
         });
         self.admission.set_limits(limits);
         Ok(())
+    }
+
+    /// Who the server is to TLS clients from now on.
+    pub fn identify(&self, identity: Option<Arc<Identity>>) {
+        self.change(|snapshot| snapshot.identity = identity);
     }
 
     /// Reads the keys anew if their file has changed since it was read; none: nothing is new. A file
@@ -260,6 +276,9 @@ impl Shared {
             workers: workers.len(),
             keys_stale: usize::from(self.keys_are_stale()),
         };
-        metrics::page(&workers, &gauges, &self.roster.names())
+        let mut page = metrics::page(&workers, &gauges, &self.roster.names());
+        let not_after = snapshot.identity.as_ref().and_then(|identity| identity.not_after());
+        self.connections.write(not_after.map(jiff::Timestamp::as_second), &mut page);
+        page
     }
 }

@@ -17,6 +17,8 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::framing::{Checker, MAX_HEAD, MAX_LINE, Step, Violation};
+use super::transport::arrival::TLS_RECORD;
+use super::transport::counts::Turned;
 use super::wire::{READ_BUFFER, Wire, with_buffer};
 
 /// What hyper gets in place of a request that must not pass; the service never takes it for one,
@@ -28,6 +30,8 @@ const BREAK: &[u8] = b"\n\r\0";
 /// How patient the proxy is with a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patience {
+    /// From a connection's acceptance to its first byte of HTTP, where something comes before that.
+    pub handshake: Duration,
     /// From a head's first byte to its last.
     pub head: Duration,
     /// Between two requests on one connection.
@@ -41,6 +45,7 @@ pub struct Patience {
 impl Default for Patience {
     fn default() -> Self {
         Self {
+            handshake: Duration::from_secs(10),
             head: Duration::from_secs(10),
             idle: Duration::from_secs(75),
             body: Duration::from_mins(1),
@@ -112,6 +117,11 @@ impl Tap {
             write_timer: None,
             stopped: Stopped::No,
         }
+    }
+
+    /// Whether nothing has ever come.
+    fn is_fresh(&self) -> bool {
+        self.held.is_empty() && self.checker.between_requests() && !self.wire.was_asked()
     }
 
     /// Passes what may pass of `bytes`. Returns how many are dealt with and whether hyper got any.
@@ -238,6 +248,10 @@ impl Read for Tap {
                 let bytes = &buffer[..read];
                 if read == 0 {
                     this.wire.end();
+                } else if bytes[0] == TLS_RECORD && this.is_fresh() {
+                    // A clear 400 would be noise to who expects TLS: closed, and said in the log.
+                    this.wire.turn_away(Turned::TlsToPlain);
+                    return Poll::Ready(Ok(Some(())));
                 } else if this.held.is_empty() {
                     let (done, passed) = this.pass(bytes, &mut out);
                     this.held.extend_from_slice(&bytes[done..]);

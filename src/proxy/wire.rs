@@ -14,7 +14,9 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use super::framing::Violation;
+use super::transport::counts::Turned;
 use super::transport::socket::Socket;
+use super::transport::tls::Tls;
 
 pub use super::transport::socket::poll_read_once;
 
@@ -32,11 +34,35 @@ pub fn with_buffer<R>(reader: impl FnOnce(&mut [u8]) -> R) -> R {
     BUFFER.with_borrow_mut(|buffer| reader(buffer))
 }
 
+/// What lies between HTTP and the socket.
+#[derive(Debug)]
+enum Layer {
+    None,
+    Tls(Box<Tls>),
+}
+
+/// How a client's connection is called in `X-Forwarded-Proto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scheme {
+    Http,
+    Https,
+}
+
+impl Scheme {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Https => "https",
+        }
+    }
+}
+
 type Leaving = Pin<Box<dyn Future<Output = ()>>>;
 
 /// What the service, the answer and the tap of one connection know together.
 pub struct Wire {
     socket: Rc<Socket>,
+    layer: Layer,
     refusal: Cell<Option<Violation>>,
     /// How often everything written so far was handed to the kernel.
     flushes: Cell<u64>,
@@ -46,6 +72,8 @@ pub struct Wire {
     ended: Cell<bool>,
     /// A request has come.
     asked: Cell<bool>,
+    /// It is no HTTP that comes.
+    turned: Cell<Option<Turned>>,
 }
 
 impl fmt::Debug for Wire {
@@ -55,41 +83,97 @@ impl fmt::Debug for Wire {
 }
 
 impl Wire {
-    pub fn new(socket: Rc<Socket>) -> Rc<Self> {
+    pub fn plain(socket: Rc<Socket>) -> Rc<Self> {
+        Self::new(socket, Layer::None)
+    }
+
+    pub fn encrypted(socket: Rc<Socket>, tls: Tls) -> Rc<Self> {
+        Self::new(socket, Layer::Tls(Box::new(tls)))
+    }
+
+    fn new(socket: Rc<Socket>, layer: Layer) -> Rc<Self> {
         Rc::new(Self {
             socket,
+            layer,
             refusal: Cell::new(None),
             flushes: Cell::new(0),
             flush_waker: Cell::new(None),
             leaving: RefCell::new(None),
             ended: Cell::new(false),
             asked: Cell::new(false),
+            turned: Cell::new(None),
         })
+    }
+
+    pub fn scheme(&self) -> Scheme {
+        match &self.layer {
+            Layer::None => Scheme::Http,
+            Layer::Tls(_) => Scheme::Https,
+        }
+    }
+
+    /// What client and proxy agreed to speak (ALPN), where they did.
+    pub fn protocol(&self) -> Option<Vec<u8>> {
+        match &self.layer {
+            Layer::None => None,
+            Layer::Tls(tls) => tls.protocol(),
+        }
     }
 
     /// Reads once what has come.
     pub fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-        self.socket.poll_read(cx, buffer)
+        match &self.layer {
+            Layer::None => self.socket.poll_read(cx, buffer),
+            Layer::Tls(tls) => tls.poll_read(cx, buffer),
+        }
     }
 
     pub fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.socket.poll_write(cx, bytes)
+        match &self.layer {
+            Layer::None => self.socket.poll_write(cx, bytes),
+            Layer::Tls(tls) => tls.poll_write(cx, bytes),
+        }
     }
 
     pub fn poll_write_vectored(&self, cx: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        self.socket.poll_write_vectored(cx, slices)
+        match &self.layer {
+            Layer::None => self.socket.poll_write_vectored(cx, slices),
+            Layer::Tls(tls) => tls.poll_write_vectored(cx, slices),
+        }
     }
 
     /// Hands what was written to the kernel; to be called when the writer has nothing left itself.
-    pub fn poll_flush(&self, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // A socket holds nothing back above the kernel.
+    pub fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &self.layer {
+            // A socket holds nothing back above the kernel.
+            Layer::None => {}
+            Layer::Tls(tls) => ready!(tls.poll_flush(cx))?,
+        }
         self.flushed();
         Poll::Ready(Ok(()))
     }
 
-    /// Says that the last byte was written.
-    pub fn poll_shutdown(&self, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(self.socket.shut_write())
+    /// Says that the last byte was written, as the layer says it. A connection that breaks off is not
+    /// to be shut down: over TLS the missing goodbye tells the client that something is missing.
+    pub fn poll_shutdown(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &self.layer {
+            Layer::None => Poll::Ready(self.socket.shut_write()),
+            Layer::Tls(tls) => tls.poll_shutdown(cx),
+        }
+    }
+
+    /// Nothing that comes is to be taken for HTTP.
+    pub fn turn_away(&self, why: Turned) {
+        self.turned.set(Some(why));
+    }
+
+    pub fn turned(&self) -> Option<Turned> {
+        self.turned.get()
+    }
+
+    /// Ends the connection so that the client can read the last answer.
+    pub async fn close(&self) {
+        close(Rc::clone(&self.socket)).await;
     }
 
     /// The request that comes next must be refused: see [`Self::refusal`].

@@ -8,7 +8,6 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::{Future as _, poll_fn};
 use std::io;
-use std::net::IpAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -29,10 +28,11 @@ use super::metrics::Counters;
 use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
 use super::tap::Tap;
+use super::transport::arrival::{Arrived, Greeting, Handshakes, TlsIs};
 use super::transport::listener::{Accepting, Listener};
 use super::transport::socket::Socket;
 use super::upstream::Pool;
-use super::wire::{self, Wire};
+use super::wire::Wire;
 
 /// After a failed accept (no descriptors): long enough to let some connection end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -44,6 +44,9 @@ pub struct Worker {
     pub pool: Rc<Pool>,
     pub engine_silence: Duration,
     http: http1::Builder,
+    /// What TCP connections begin with.
+    greeting: RefCell<Greeting>,
+    handshakes: Handshakes,
     mode: RefCell<Mode>,
     /// The tasks to wake when the mode changes, so that no connection has to watch for it.
     connections: RefCell<HashMap<u64, Waker>>,
@@ -68,6 +71,8 @@ impl Worker {
             counters,
             pool: Rc::default(),
             http,
+            greeting: RefCell::new(Greeting::None),
+            handshakes: Handshakes::default(),
             mode: RefCell::new(Mode::Serving),
             connections: RefCell::default(),
             next: Cell::new(0),
@@ -95,6 +100,8 @@ impl Worker {
         if upstream.is_none() {
             self.pool.clear();
         }
+        let tls = if snapshot.settings.listen.tls.is_some() { TlsIs::On } else { TlsIs::Off };
+        self.greeting.replace(Greeting::new(tls, snapshot.identity.as_deref()));
         if *self.mode.borrow() != snapshot.mode {
             self.mode.borrow_mut().clone_from(&snapshot.mode);
             self.connections.borrow().values().for_each(Waker::wake_by_ref);
@@ -127,7 +134,24 @@ async fn accept(worker: Rc<Worker>, listener: Accepting) {
     loop {
         match listener.accept().await {
             Ok((socket, address)) => {
-                spawn_local(converse(Rc::clone(&worker), socket, address));
+                let worker = Rc::clone(&worker);
+                let greeting = match &socket {
+                    Socket::Tcp(_) => worker.greeting.borrow().clone(),
+                    Socket::Unix(_) => Greeting::None,
+                };
+                if let Greeting::None = greeting {
+                    let wire = Wire::plain(Rc::new(socket));
+                    spawn_local(converse(worker, Arrived { wire, address }));
+                } else {
+                    spawn_local(async move {
+                        // Boxed: what only a greeting needs is not kept for the connection's life.
+                        let greeted =
+                            Box::pin(worker.handshakes.greet(&worker.shared, socket, address, greeting)).await;
+                        if let Some(arrived) = greeted {
+                            converse(worker, arrived).await;
+                        }
+                    });
+                }
                 yield_now().await;
             }
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -170,12 +194,16 @@ enum Farewell {
     Said,
 }
 
-async fn converse(worker: Rc<Worker>, socket: Socket, address: Option<IpAddr>) {
-    let socket = Rc::new(socket);
-    let client = Wire::new(Rc::clone(&socket));
+async fn converse(worker: Rc<Worker>, arrived: Arrived) {
+    let Arrived { wire: client, address } = arrived;
     {
         let tap = Tap::new(Rc::clone(&client), worker.shared.timings.client);
-        let peer = Rc::new(Peer { worker: Rc::clone(&worker), line: Line::Http1(Rc::clone(&client)), address });
+        let peer = Rc::new(Peer {
+            worker: Rc::clone(&worker),
+            line: Line::Http1(Rc::clone(&client)),
+            address,
+            scheme: client.scheme(),
+        });
         let service =
             service_fn(move |request| service::answer(Rc::clone(&peer), Request::map(request, Upload::Http1)));
         let mut connection = pin!(worker.http.serve_connection(tap, service));
@@ -198,7 +226,10 @@ async fn converse(worker: Rc<Worker>, socket: Socket, address: Option<IpAddr>) {
             tracing::debug!(%error, "a connection ended early");
         }
     }
+    if let Some(why) = client.turned() {
+        worker.shared.connections.turn_away(why, address);
+    }
     if !client.has_ended() {
-        wire::close(socket).await;
+        client.close().await;
     }
 }

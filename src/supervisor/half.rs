@@ -46,6 +46,8 @@ pub struct HalfView {
     pub reports: u64,
     /// What it cannot live by; it goes on with what it had.
     pub refused: Option<String>,
+    /// What is not as it should be, though it works.
+    pub warnings: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -198,6 +200,7 @@ async fn run(
                         tracing::error!("the proxy goes on with what it had: {reason}");
                         tell.send_modify(|view| view.refused = Some(reason));
                     }
+                    Ok(Some(Up::Warnings { warnings })) => tell.send_modify(|view| view.warnings = warnings),
                     Ok(Some(Up::Recovered)) => {
                         tracing::info!("the proxy took what it had refused");
                         tell.send_modify(|view| view.refused = None);

@@ -149,8 +149,9 @@ impl Facts<'_> {
             },
             proxy: ProxyStatus { pid: self.half.pid, restarts: self.half.restarts },
             weights: self.weights.cloned(),
-            listen: self.listen.clone(),
-            warnings: self.warnings.iter().chain(&self.half.refused).cloned().collect(),
+            // TLS can be switched by a reload, an address cannot.
+            listen: Listening { tls: self.config.listen.tls.is_some(), ..self.listen.clone() },
+            warnings: self.warnings.iter().chain(&self.half.warnings).chain(&self.half.refused).cloned().collect(),
             uptime_seconds: self.uptime.as_secs(),
             config_files: self.config_files.to_vec(),
         }
@@ -202,7 +203,8 @@ pub fn headline(status: &Status) -> String {
     }
     if matches!(status.state, EngineState::Ready | EngineState::Busy) {
         // By now the greeting has scrolled off the screen.
-        line = format!("{line}: {} on http://{}", status.model.name, status.listen.public);
+        let scheme = if status.listen.tls { "https" } else { "http" };
+        line = format!("{line}: {} on {scheme}://{}", status.model.name, status.listen.public);
     }
     line
 }

@@ -1,13 +1,66 @@
 //! A client on a raw socket: says exactly the given bytes and tells a whole answer from a broken one.
 
 use std::io::{ErrorKind, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
+
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
+use socket2::SockRef;
 
 #[derive(Debug)]
 pub struct Client {
-    stream: TcpStream,
+    stream: Stream,
     unread: Vec<u8>,
+}
+
+/// What the client's bytes go through.
+#[derive(Debug)]
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+    Tls(Box<StreamOwned<ClientConnection, TcpStream>>),
+}
+
+impl Stream {
+    fn socket(&self) -> SockRef<'_> {
+        match self {
+            Self::Tcp(stream) => SockRef::from(stream),
+            Self::Unix(stream) => SockRef::from(stream),
+            Self::Tls(stream) => SockRef::from(&stream.sock),
+        }
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.read(buffer),
+            Self::Unix(stream) => stream.read(buffer),
+            Self::Tls(stream) => stream.read(buffer),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.write(bytes),
+            Self::Unix(stream) => stream.write(bytes),
+            Self::Tls(stream) => stream.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.flush(),
+            Self::Unix(stream) => stream.flush(),
+            Self::Tls(stream) => stream.flush(),
+        }
+    }
 }
 
 /// How an answer ended.
@@ -18,6 +71,8 @@ pub enum End {
     Broken,
     /// RST: what was on its way may be lost.
     Reset,
+    /// FIN without TLS's own goodbye: somebody cut it.
+    Truncated,
 }
 
 #[derive(Debug, Clone)]
@@ -52,6 +107,7 @@ enum More {
     Some,
     Fin,
     Rst,
+    Cut,
 }
 
 impl Client {
@@ -59,7 +115,35 @@ impl Client {
         let stream = TcpStream::connect(addr).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         stream.set_nodelay(true).unwrap();
-        Self { stream, unread: Vec::new() }
+        Self { stream: Stream::Tcp(stream), unread: Vec::new() }
+    }
+
+    pub fn connect_unix(path: &Path) -> Self {
+        let stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        Self { stream: Stream::Unix(stream), unread: Vec::new() }
+    }
+
+    /// Speaks TLS from now on.
+    pub fn encrypt(self, config: Arc<ClientConfig>) -> std::io::Result<Self> {
+        let Stream::Tcp(mut stream) = self.stream else { panic!("TLS stands on TCP") };
+        let mut session = ClientConnection::new(config, "sglangd".try_into().unwrap()).unwrap();
+        while session.is_handshaking() {
+            session.complete_io(&mut stream)?;
+        }
+        Ok(Self { stream: Stream::Tls(Box::new(StreamOwned::new(session, stream))), unread: self.unread })
+    }
+
+    /// The certificate that the server showed.
+    pub fn certificate(&self) -> Vec<u8> {
+        let Stream::Tls(stream) = &self.stream else { panic!("no TLS, no certificate") };
+        stream.conn.peer_certificates().unwrap()[0].to_vec()
+    }
+
+    /// Whether the handshake was a short one, by a ticket of an earlier connection.
+    pub fn was_known(&self) -> bool {
+        let Stream::Tls(stream) = &self.stream else { return false };
+        stream.conn.handshake_kind() == Some(rustls::HandshakeKind::Resumed)
     }
 
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> &mut Self {
@@ -84,6 +168,7 @@ impl Client {
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 panic!("nothing came for 20 s behind {:?}", String::from_utf8_lossy(&self.unread))
             }
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => More::Cut,
             Err(_) => More::Rst,
         }
     }
@@ -112,7 +197,7 @@ impl Client {
 
     /// Writes until nothing more is taken.
     pub fn send_what_fits(&mut self) {
-        self.stream.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+        self.stream.socket().set_write_timeout(Some(Duration::from_millis(200))).unwrap();
         let piece = vec![b'x'; 64 * 1024];
         while self.stream.write(&piece).is_ok() {}
     }
@@ -127,10 +212,9 @@ impl Client {
 
     /// Whether nothing comes for `wait`.
     pub fn is_quiet(&mut self, wait: Duration) -> bool {
-        self.stream.set_read_timeout(Some(wait)).unwrap();
-        let mut buffer = [0; 1];
-        let read = self.stream.peek(&mut buffer);
-        self.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        self.stream.socket().set_read_timeout(Some(wait)).unwrap();
+        let read = self.stream.socket().peek(&mut [MaybeUninit::uninit()]);
+        self.stream.socket().set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         read.is_err_and(|error| matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut))
     }
 
@@ -173,7 +257,7 @@ impl Client {
                 match self.more() {
                     More::Some => {}
                     More::Fin => break End::Complete,
-                    More::Rst => break End::Reset,
+                    more => break ended(&more),
                 }
             };
             body = std::mem::take(&mut self.unread);
@@ -218,13 +302,13 @@ impl Client {
 
     /// Half of the connection's end: nothing more will be said.
     pub fn fin(&mut self) -> &mut Self {
-        self.stream.shutdown(Shutdown::Write).unwrap();
+        self.stream.socket().shutdown(Shutdown::Write).unwrap();
         self
     }
 
     /// Leaves without a goodbye.
     pub fn rst(self) {
-        socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO)).unwrap();
+        self.stream.socket().set_linger(Some(Duration::ZERO)).unwrap();
     }
 }
 
@@ -233,6 +317,7 @@ fn ended(more: &More) -> End {
         More::Some => End::Complete,
         More::Fin => End::Broken,
         More::Rst => End::Reset,
+        More::Cut => End::Truncated,
     }
 }
 

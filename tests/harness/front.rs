@@ -3,7 +3,7 @@
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
-use sglangd::link::{EngineState, EngineView, ProxySettings, Upstream};
+use sglangd::link::{EngineState, EngineView, ListenSettings, ProxySettings, Upstream};
 use sglangd::proxy::{Proxy, Supervision, Timings};
 
 use super::engine::Engine;
@@ -22,6 +22,7 @@ pub fn settings() -> ProxySettings {
         max_body: 1 << 20,
         keys_file: None,
         workers: 1,
+        listen: ListenSettings::default(),
     }
 }
 

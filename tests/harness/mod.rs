@@ -7,5 +7,6 @@ pub mod daemon;
 pub mod engine;
 pub mod front;
 pub mod hub;
+pub mod pki;
 pub mod processes;
 pub mod scene;

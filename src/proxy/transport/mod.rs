@@ -1,7 +1,20 @@
-//! What comes under HTTP on the public side: the client's socket, whatever kind it is.
+//! What comes under HTTP on the public side: from a bound listener to a byte stream on which HTTP may
+//! begin.
 //!
-//! [`listener`] is where it comes from, [`socket`] the byte stream; [`super::wire`] is what tap, service and answer know of it together.
-//! Nothing here parses HTTP.
+//! ```text
+//!  listener ── accept ─► socket ── arrival (TLS, bounded) ─► wire ─► HTTP
+//!                                     ▲
+//!  files ── renewal ─► identity ──────┘
+//! ```
+//!
+//! [`super::wire`] is what tap, service and answer know of a connection together. Nothing here parses
+//! HTTP.
 
+pub mod arrival;
+pub mod counts;
+pub mod identity;
 pub mod listener;
+pub mod renewal;
+pub mod seldom;
 pub mod socket;
+pub mod tls;

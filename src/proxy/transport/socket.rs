@@ -5,8 +5,10 @@
 
 use std::io;
 use std::net::Shutdown;
+use std::os::fd::{AsRawFd as _, RawFd};
 use std::task::{Context, Poll, ready};
 
+use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::Interest;
 use tokio::net::{TcpStream, UnixStream};
 
@@ -98,6 +100,19 @@ impl Socket {
         match self {
             Self::Tcp(stream) => poll_write_with(stream, cx, |stream| stream.try_write_vectored(slices)),
             Self::Unix(stream) => poll_write_with(stream, cx, |stream| stream.try_write_vectored(slices)),
+        }
+    }
+
+    /// Waits for a byte and leaves it where it is; none: the other side has closed.
+    pub async fn peek(&self) -> io::Result<Option<u8>> {
+        fn peek(socket: RawFd) -> io::Result<Option<u8>> {
+            let mut byte = [0];
+            let read = recv(socket, &mut byte, MsgFlags::MSG_PEEK)?;
+            Ok((read > 0).then_some(byte[0]))
+        }
+        match self {
+            Self::Tcp(stream) => stream.async_io(Interest::READABLE, || peek(stream.as_raw_fd())).await,
+            Self::Unix(stream) => stream.async_io(Interest::READABLE, || peek(stream.as_raw_fd())).await,
         }
     }
 
