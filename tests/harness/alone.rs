@@ -26,7 +26,7 @@ impl Process {
     /// The data plane alone, on a port of the kernel's choice that was free a moment ago.
     pub fn alone(engine: SocketAddr, more: &[&str]) -> (Self, SocketAddr) {
         let addr = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let (listen, upstream) = (addr.to_string(), format!("http://{}", engine));
+        let (listen, upstream) = (addr.to_string(), format!("http://{engine}"));
         let process = Self::start(&[&["--listen", &listen, "--upstream", &upstream], more].concat());
         eventually("the proxy listens", || std::net::TcpStream::connect(addr).is_ok());
         (process, addr)
