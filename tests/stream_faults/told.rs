@@ -1,14 +1,12 @@
 //! What is counted of the answers that pass: nothing is changed or delayed for it.
 
-use std::io::Write as _;
-
 use sglangd::link::ProxySettings;
 use sglangd::proxy::Timings;
 
 use super::{CHAT, stepped};
 use crate::harness::client::{Client, End, post, post_with};
 use crate::harness::engine::{EVENTS, Engine, LAST, chunk, json};
-use crate::harness::front::{Front, eventually, settings};
+use crate::harness::front::{Front, eventually, keys_file, settings};
 
 const USAGE: &str = "\"usage\":{\"prompt_tokens\":12,\"total_tokens\":19,\"completion_tokens\":7}";
 
@@ -67,12 +65,7 @@ fn answers_that_are_no_streams_are_counted_by_their_end() {
 
 #[test]
 fn each_dialect_is_counted_under_its_route_and_the_key_that_was_shown() {
-    use sha2::Digest as _;
-    let mut keys = tempfile::NamedTempFile::new().unwrap();
-    write!(keys, "ci sha256:").unwrap();
-    for byte in sha2::Sha256::digest(b"secret") {
-        write!(keys, "{byte:02x}").unwrap();
-    }
+    let keys = keys_file(&[("ci", "secret", "")]);
     let engine = Engine::start(|connection| {
         while let Some(head) = connection.request() {
             if head.starts_with("post /v1/messages ") {
