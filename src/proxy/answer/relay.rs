@@ -132,6 +132,11 @@ impl Relay {
         &self.call
     }
 
+    /// Whether it is read event by event.
+    pub fn is_stream(&self) -> bool {
+        self.shape == Shape::Stream
+    }
+
     pub fn is_complete(&self) -> bool {
         self.course == Course::Complete
     }
