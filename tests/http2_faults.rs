@@ -446,7 +446,7 @@ fn b07_a_drain_says_goodbye_twice_and_lets_streams_end() {
     client.send(post(3, CHAT, "{}"));
     let late = client.answer(3);
     assert_eq!((late.status, late.code().as_str()), (503, "draining"));
-    client.until(|frame| frame.kind == GOAWAY).unwrap();
+    client.until_goaways(2);
     assert_eq!(client.goaways, [(0x7fff_ffff, NO_ERROR), (3, NO_ERROR)]);
     // One that comes later is ignored.
     client.send(post(5, CHAT, "{}"));

@@ -460,7 +460,8 @@ fn section_5_1_2_one_stream_more_than_allowed_is_refused_and_the_others_live() {
         connection.request();
         connection.until_closed();
     });
-    let front = Front::of(&engine);
+    let limits = sglangd::link::ProxySettings { queue: 256, ..crate::harness::front::settings() };
+    let front = Front::with(&engine, limits, sglangd::proxy::Timings::default());
     let mut client = Client::bare(front.addr);
     client.send(bytes(&[PREFACE, &settings(&[])]));
     let ours = client.until(|frame| frame.kind == SETTINGS && frame.flags & ACK == 0).unwrap();
@@ -470,6 +471,7 @@ fn section_5_1_2_one_stream_more_than_allowed_is_refused_and_the_others_live() {
         // Without a place: the queue holds them.
         client.send(headers(2 * n + 1, 0, &fields(CHAT, &[])));
     }
+    front.holds(32, 68);
     client.send(headers(201, 0, &fields(CHAT, &[])));
     assert_eq!(client.answer(201).end, End::Reset(REFUSED_STREAM));
     client.send(reset(1, NO_ERROR));

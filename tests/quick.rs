@@ -6,14 +6,18 @@ mod harness;
 
 mod architecture;
 mod config_faults;
+mod direct_streams;
+mod engine_away;
 mod engine_faults;
 mod http2_faults;
 mod http2_rules;
 mod http2_traffic;
 mod http_faults;
+mod keys_faults;
 mod limits_faults;
 mod main_job;
 mod probe_and_status;
+mod proxy_process;
 mod repositories;
 mod signal_faults;
 mod simulated_engine;

@@ -164,6 +164,10 @@ pub fn run(args: PlanArgs) -> Exit {
             return Exit::Config;
         }
     };
+    if let Err(error) = super::keys::check(&loaded.config) {
+        eprintln!("sglangd: {error}");
+        return Exit::Config;
+    }
     let certificate = match super::certificate::check(&loaded) {
         Ok(warnings) => warnings,
         Err(complaint) => {
@@ -270,6 +274,7 @@ fn plan(
     warnings.extend(source.warning.clone());
     warnings.extend(resolved.warnings.iter().cloned());
     warnings.extend(env::warnings(config));
+    warnings.extend(config.exposure());
     let plan = Plan {
         version: env!("CARGO_PKG_VERSION"),
         config_files: loaded.files.clone(),

@@ -84,6 +84,8 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
     };
     let upstream = upstream_address(upstream)?;
     let listener = TcpListener::bind(listen).with_context(|| format!("cannot listen on {listen}"))?;
+    // More than the standard library's 128: who finds a full backlog tries again after a second.
+    socket2::SockRef::from(&listener).listen(BACKLOG)?;
     let address = listener.local_addr()?;
     let unguarded = settings.keys_file.is_none() && !address.ip().is_loopback();
     let mut proxy = Proxy::new(Timings::default(), Supervision::Alone);
@@ -98,6 +100,9 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
     proxy.close();
     Ok(Exit::Ok)
 }
+
+/// Connections that wait to be accepted in a burst; the kernel cuts it to somaxconn.
+const BACKLOG: i32 = 4096;
 
 /// What the cut streams are given to reach their clients.
 const LAST_WORDS: Duration = Duration::from_secs(1);

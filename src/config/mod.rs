@@ -233,6 +233,19 @@ pub enum LogFormat {
     Json,
 }
 
+impl Config {
+    /// That strangers may use the engine, where they may.
+    pub fn exposure(&self) -> Option<String> {
+        let public = self.listen.public;
+        (self.auth.keys_file.is_none() && !public.ip().is_loopback()).then(|| {
+            format!(
+                "everybody who reaches {public} may use the engine: no API key is asked for. Make one with `sglangd \
+                 keys add NAME --file FILE` and set auth.keys_file, or listen on 127.0.0.1"
+            )
+        })
+    }
+}
+
 /// Which keys differ: what a reload cannot make live. `running` is what is lived by, and where it was said.
 pub fn needs_restart(running: &Loaded, said: &Loaded) -> Vec<String> {
     let mut keys = Vec::new();

@@ -4,7 +4,7 @@
 //! service answers with the refusal. It also keeps the clocks that hyper does not tell about: of a
 //! head that does not come, and of a reader that has stopped reading. It does not parse HTTP:
 //! [`super::framing`] and hyper do. A connection that begins with HTTP/2's preface ends here, for
-//! hyper, and is handed over by [`Wire::hand_over`].
+//! hyper, and is handed over by [`Wire::begin_http2`].
 
 use std::borrow::Cow;
 use std::fmt;
@@ -144,7 +144,7 @@ impl Tap {
         match opening {
             Opening::Open => self.held = whole.into_owned(),
             Opening::Http2 => {
-                self.wire.hand_over(whole.into_owned());
+                self.wire.begin_http2(whole.into_owned());
                 self.stopped = Stopped::Turned;
             }
             Opening::Other => {
@@ -153,6 +153,11 @@ impl Tap {
             }
         }
         opening
+    }
+
+    /// Whether all that was read belongs to requests that are over.
+    pub fn is_between_requests(&self) -> bool {
+        self.checker.between_requests() && self.stopped == Stopped::No
     }
 
     /// Whether nothing has ever come.

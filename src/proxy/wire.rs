@@ -13,6 +13,9 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
+use http::Response;
+
+use super::answer::Answer;
 use super::framing::Violation;
 use super::transport::counts::Turned;
 use super::transport::socket::Socket;
@@ -73,7 +76,9 @@ pub struct Wire {
     /// A request has come.
     asked: Cell<bool>,
     /// What was read, where it turned out to be HTTP/2.
-    handed_over: Cell<Option<Vec<u8>>>,
+    http2: Cell<Option<Vec<u8>>>,
+    /// An answer that is not for hyper to write.
+    handed_over: Cell<Option<Box<Response<Answer>>>>,
     /// It is no HTTP that comes.
     turned: Cell<Option<Turned>>,
 }
@@ -103,6 +108,7 @@ impl Wire {
             leaving: RefCell::new(None),
             ended: Cell::new(false),
             asked: Cell::new(false),
+            http2: Cell::new(None),
             handed_over: Cell::new(None),
             turned: Cell::new(None),
         })
@@ -213,6 +219,15 @@ impl Wire {
         self.asked.set(true);
     }
 
+    /// For whoever drives the connection: see [`super::direct`].
+    pub fn hand_over(&self, response: Response<Answer>) {
+        self.handed_over.set(Some(Box::new(response)));
+    }
+
+    pub fn handed_over(&self) -> Option<Box<Response<Answer>>> {
+        self.handed_over.take()
+    }
+
     /// Whether a request ever came.
     pub fn was_asked(&self) -> bool {
         self.asked.get()
@@ -224,12 +239,12 @@ impl Wire {
     }
 
     /// This is no HTTP/1: its first bytes, for who speaks HTTP/2.
-    pub fn hand_over(&self, early: Vec<u8>) {
-        self.handed_over.set(Some(early));
+    pub fn begin_http2(&self, early: Vec<u8>) {
+        self.http2.set(Some(early));
     }
 
-    pub fn handed_over(&self) -> Option<Vec<u8>> {
-        self.handed_over.take()
+    pub fn http2(&self) -> Option<Vec<u8>> {
+        self.http2.take()
     }
 
     pub fn flushes(&self) -> u64 {

@@ -60,6 +60,21 @@ impl Engine {
         })
     }
 
+    /// Answers each request when the test says so.
+    pub fn held() -> (Self, Sender<()>) {
+        let (release, gate) = channel::<()>();
+        let gate = Mutex::new(gate);
+        let engine = Self::start(move |connection| {
+            while connection.request().is_some() {
+                if gate.lock().unwrap().recv().is_err() {
+                    return;
+                }
+                connection.send(json("200 OK", "{}"));
+            }
+        });
+        (engine, release)
+    }
+
     pub fn arrived(&self) -> Vec<Arrived> {
         self.log.lock().unwrap().clone()
     }

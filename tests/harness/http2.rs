@@ -264,6 +264,16 @@ impl Client {
         }
     }
 
+    /// Reads until so many GOAWAYs have come; the streams' frames are kept for later.
+    pub fn until_goaways(&mut self, count: usize) {
+        while self.goaways.len() < count {
+            let frame = self.frame().expect("the connection goes on");
+            if frame.stream != 0 {
+                self.aside.push(frame);
+            }
+        }
+    }
+
     /// The next frame of one stream, those of others being kept for later.
     pub fn of_stream(&mut self, stream: u32) -> Option<Frame> {
         if let Some(at) = self.aside.iter().position(|frame| frame.stream == stream) {

@@ -3,7 +3,6 @@
 //! A stream that the client resets ends its request as a closed connection of HTTP/1 does. One that is
 //! cut ends in RST_STREAM, once its last event is out. It holds no buffer of its own.
 
-use std::cell::RefCell;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -17,9 +16,10 @@ use h2::{Reason, RecvStream, SendStream};
 use http::header::{CONNECTION, CONTENT_LENGTH, DATE, EXPECT, TE, TRANSFER_ENCODING, UPGRADE};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body::Body as _;
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Sleep, sleep};
 
 use super::super::answer::{Answer, Interrupted};
+use super::super::date;
 use super::super::line::{self, Line};
 use super::super::service::{self, Left, Peer};
 use super::flow::{Awaited, Fate, Flow, MOST_UNSENT, Piece, Wanted};
@@ -236,38 +236,5 @@ fn finish(headers: &mut HeaderMap, body: &Answer) {
     if let Some(length) = body.size_hint().exact() {
         headers.entry(CONTENT_LENGTH).or_insert_with(|| HeaderValue::from(length));
     }
-    headers.entry(DATE).or_insert_with(date);
-}
-
-/// The time as answers say it, made once a second.
-fn date() -> HeaderValue {
-    thread_local! {
-        static DATE: RefCell<Option<(Instant, HeaderValue)>> = const { RefCell::new(None) };
-    }
-    DATE.with_borrow_mut(|kept| {
-        let now = Instant::now();
-        match kept {
-            Some((made, date)) if now.saturating_duration_since(*made) < Duration::from_secs(1) => date.clone(),
-            _ => {
-                let printer = jiff::fmt::rfc2822::DateTimePrinter::new();
-                // Fails only for years of five digits.
-                let text = printer.timestamp_to_rfc9110_string(&jiff::Timestamp::now()).unwrap_or_default();
-                let date = HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static(""));
-                *kept = Some((now, date.clone()));
-                date
-            }
-        }
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn the_date_is_in_the_form_of_rfc_9110() {
-        let text = date().to_str().expect("text").to_owned();
-        let words: Vec<&str> = text.split(' ').collect();
-        assert_eq!((words.len(), words[5], words[1].len()), (6, "GMT", 2), "{text}");
-    }
+    headers.entry(DATE).or_insert_with(date::now);
 }
