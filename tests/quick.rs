@@ -6,6 +6,7 @@ mod harness;
 
 mod architecture;
 mod config_faults;
+mod connection_faults;
 mod engine_faults;
 mod http_faults;
 mod limits_faults;

@@ -11,6 +11,7 @@ mod error;
 pub mod folders;
 pub mod keys;
 mod layers;
+mod listen;
 mod load;
 pub mod redact;
 mod source;
@@ -27,7 +28,7 @@ pub use layers::is_negative_number;
 pub use load::{Loaded, Lost, Needs, Origin, SHIPPED, Sources, User, WhenMissing, flag_text, load};
 pub use source::{MAX_FILE, Place};
 
-use crate::link::{ListenSettings, TlsFiles};
+use crate::link::{ListenSettings, ProxyProtocol, TlsFiles};
 
 /// Everything sglangd was told, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -131,8 +132,14 @@ pub enum FlagValue {
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Listen {
-    /// Where clients connect.
-    pub public: SocketAddr,
+    /// Where clients connect; none: over the Unix socket alone.
+    pub public: Option<SocketAddr>,
+    /// A Unix socket, beside the address or in its place.
+    pub unix: Option<PathBuf>,
+    /// Who may connect to it: the file's mode.
+    pub unix_mode: u32,
+    /// What a connection to `public` begins with.
+    pub proxy_protocol: ProxyProtocol,
     /// Status and metrics.
     pub admin: SocketAddr,
     /// None: plain HTTP.
@@ -248,6 +255,18 @@ pub fn needs_restart(running: &Loaded, said: &Loaded) -> Vec<String> {
     keys
 }
 
+impl Config {
+    /// Who may use the engine without being asked for a key, where that is more than this machine.
+    pub fn exposure(&self) -> Option<String> {
+        let public = self.listen.public.filter(|address| !address.ip().is_loopback())?;
+        self.auth.keys_file.is_none().then(|| {
+            format!(
+                "listen.public is {public} and no key is asked for: everybody who reaches it may use the engine; set auth.keys_file"
+            )
+        })
+    }
+}
+
 impl From<&Config> for crate::link::ProxySettings {
     /// What of the configuration the proxy lives by.
     fn from(config: &Config) -> Self {
@@ -260,7 +279,7 @@ impl From<&Config> for crate::link::ProxySettings {
             max_body: config.limits.max_body,
             keys_file: config.auth.keys_file.clone(),
             workers: config.limits.workers.unwrap_or(cores),
-            listen: ListenSettings { tls: config.listen.tls.clone() },
+            listen: ListenSettings { tls: config.listen.tls.clone(), proxy_protocol: config.listen.proxy_protocol },
         }
     }
 }

@@ -151,7 +151,11 @@ impl Facts<'_> {
             weights: self.weights.cloned(),
             // TLS can be switched by a reload, an address cannot.
             listen: Listening { tls: self.config.listen.tls.is_some(), ..self.listen.clone() },
-            warnings: self.warnings.iter().chain(&self.half.warnings).chain(&self.half.refused).cloned().collect(),
+            warnings: (self.warnings.iter().cloned())
+                .chain(self.config.exposure())
+                .chain(self.half.warnings.iter().cloned())
+                .chain(self.half.refused.clone())
+                .collect(),
             uptime_seconds: self.uptime.as_secs(),
             config_files: self.config_files.to_vec(),
         }
@@ -203,8 +207,12 @@ pub fn headline(status: &Status) -> String {
     }
     if matches!(status.state, EngineState::Ready | EngineState::Busy) {
         // By now the greeting has scrolled off the screen.
-        let scheme = if status.listen.tls { "https" } else { "http" };
-        line = format!("{line}: {} on {scheme}://{}", status.model.name, status.listen.public);
+        let scheme = match (status.listen.tls, status.listen.public.starts_with("unix:")) {
+            (_, true) => "",
+            (true, false) => "https://",
+            (false, false) => "http://",
+        };
+        line = format!("{line}: {} on {scheme}{}", status.model.name, status.listen.public);
     }
     line
 }
