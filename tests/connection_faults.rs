@@ -145,7 +145,7 @@ fn the_data_plane_alone_listens_on_several_places() {
 
 #[tokio::test]
 async fn listening_for_everybody_without_keys_is_said_in_plan_log_and_status() {
-    let warning = "no key is asked for: everybody who reaches it may use the engine";
+    let warning = "may use the engine: no API key is asked for";
     let setup = quick("");
     let everybody = SocketAddr::from(([0, 0, 0, 0], setup.public().port()));
     let setup = setup.listening_on(everybody);

@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::queue::{Arrival, Cancelled, Limits, Queue, WaiterId};
+use super::queue::{Arrival, Bound, Cancelled, Limits, Queue, WaiterId};
+use super::terms::{Caller, KeyId};
 use crate::link::Gate;
 
 /// Why a request got no place.
@@ -21,10 +22,14 @@ use crate::link::Gate;
 pub enum Refused {
     /// As many wait already as may.
     Full { retry_after: Duration },
+    /// As many wait already with this key as may.
+    KeyFull { retry_after: Duration },
+    /// It waited, until another key needed the room in the queue.
+    Displaced { retry_after: Duration },
     /// Its deadline is nearer than its turn.
     Hopeless { retry_after: Duration },
-    /// Its deadline passed while it waited.
-    Expired { retry_after: Duration },
+    /// Its deadline passed while it waited, for the node or for its key's own limit.
+    Expired { retry_after: Duration, bound: Bound },
     /// The engine will not return, or the proxy drains.
     TurnedAway,
 }
@@ -32,16 +37,20 @@ pub enum Refused {
 /// Numbers of this moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
+    /// Places held.
     pub open: usize,
+    /// Requests that wait.
     pub waiting: usize,
-    pub max: usize,
+    /// Places that may be held at present.
+    pub room: usize,
 }
 
 #[derive(Debug)]
 enum Slot {
     Waiting(Option<Waker>),
-    Admitted,
-    Expired,
+    Admitted { places: u32 },
+    Expired(Bound),
+    Displaced,
     TurnedAway,
 }
 
@@ -79,14 +88,20 @@ impl Admission {
         at.saturating_duration_since(self.epoch)
     }
 
-    /// Waits for a place until `deadline`. Dropping the future leaves the queue.
-    pub fn enter(&self, deadline: Instant) -> Entry {
-        Entry { admission: self.clone(), deadline, state: EntryState::New }
+    /// Waits until `deadline` for as many places as are asked for, or as there are. Dropping the
+    /// future leaves the queue.
+    pub fn enter(&self, deadline: Instant, caller: Caller, asked: u32) -> Entry {
+        Entry { admission: self.clone(), deadline, caller, asked, state: EntryState::New }
     }
 
     pub fn counts(&self) -> Counts {
         let inner = self.lock();
-        Counts { open: inner.queue.open(), waiting: inner.queue.waiting(), max: inner.queue.limits().max }
+        Counts { open: inner.queue.open(), waiting: inner.queue.waiting(), room: inner.queue.room() }
+    }
+
+    /// Keys that hold places or wait: places and waiters of each.
+    pub fn busy(&self) -> Vec<(KeyId, u32, usize)> {
+        self.lock().queue.busy().collect()
     }
 
     /// Opens or closes the way to the engine. Who waits goes on waiting.
@@ -96,6 +111,11 @@ impl Admission {
 
     pub fn set_limits(&self, limits: Limits) {
         self.change(|inner| inner.queue.set_limits(limits));
+    }
+
+    /// What the engine can take at present, whatever the limits say.
+    pub fn set_ceiling(&self, ceiling: usize) {
+        self.change(|inner| inner.queue.set_ceiling(ceiling));
     }
 
     /// Refuses everybody who waits: no place will come.
@@ -110,13 +130,6 @@ impl Admission {
         woken.into_iter().for_each(Waker::wake);
     }
 
-    /// Seconds after which a refused client may come again: what the queue needs, spread by up to a
-    /// half so that the refused do not return together.
-    pub fn retry_after(&self) -> Duration {
-        let inner = self.lock();
-        retry_after(&inner.queue)
-    }
-
     fn change(&self, what: impl FnOnce(&mut Inner)) {
         let woken = {
             let mut inner = self.lock();
@@ -127,12 +140,15 @@ impl Admission {
     }
 }
 
-/// Longest and shortest that a client is told to stay away.
+/// Longest and shortest that a client is told to stay away, in seconds.
 const RETRY_AFTER: std::ops::RangeInclusive<f64> = 1.0..=120.0;
 
-fn retry_after(queue: &Queue) -> Duration {
-    let wait = queue.expected_wait(queue.waiting()).map_or(1.0, |wait| wait.as_secs_f64());
-    let spread = wait.max(*RETRY_AFTER.start()) * (1.0 + rand::random::<f64>() / 2.0);
+/// After which a refused client of this key may come again: what its turn would take, spread by half
+/// of it so that the refused do not return together.
+fn retry_after(queue: &Queue, key: KeyId) -> Duration {
+    let wait = queue.expected_wait(key).map_or(1.0, |wait| wait.as_secs_f64()).max(*RETRY_AFTER.start());
+    // Clients are told whole seconds: less than two of them would not spread the shortest waits.
+    let spread = wait + rand::random::<f64>() * (wait / 2.0).max(2.0);
     Duration::from_secs_f64(spread.clamp(*RETRY_AFTER.start(), *RETRY_AFTER.end()))
 }
 
@@ -140,8 +156,8 @@ impl Inner {
     /// Gives free places to who is next. The wakers are for after the lock.
     fn admit(&mut self) -> Vec<Waker> {
         let mut woken = Vec::new();
-        while let Some(id) = self.queue.admit_next() {
-            woken.extend(self.settle(id, Slot::Admitted));
+        while let Some((id, places)) = self.queue.admit_next() {
+            woken.extend(self.settle(id, Slot::Admitted { places }));
         }
         woken
     }
@@ -165,6 +181,8 @@ enum EntryState {
 pub struct Entry {
     admission: Admission,
     deadline: Instant,
+    caller: Caller,
+    asked: u32,
     state: EntryState,
 }
 
@@ -175,33 +193,33 @@ impl fmt::Debug for Entry {
 }
 
 impl Entry {
-    fn ticket(&self, waited_behind: Option<usize>) -> Ticket {
-        Ticket { admission: self.admission.clone(), since: Instant::now(), waited_behind, counted: Counted::Yes }
+    fn ticket(&self, places: u32, waited_behind: Option<usize>) -> Ticket {
+        let (admission, key) = (self.admission.clone(), self.caller.key);
+        Ticket { admission, key, places, since: Instant::now(), waited_behind, counted: Counted::Yes }
     }
 
     fn arrive(&mut self) -> Poll<Result<Ticket, Refused>> {
         let admission = self.admission.clone();
         let mut inner = admission.lock();
         let now = admission.since_epoch(Instant::now());
-        match inner.queue.arrive(now, admission.since_epoch(self.deadline)) {
-            Arrival::Admitted => {
-                self.state = EntryState::Done;
-                Poll::Ready(Ok(self.ticket(None)))
-            }
-            Arrival::Queued { id, ahead } => {
+        let arrival = inner.queue.arrive(now, admission.since_epoch(self.deadline), self.caller, self.asked);
+        let retry_after = |inner: &Inner| retry_after(&inner.queue, self.caller.key);
+        let outcome = match arrival {
+            Arrival::Admitted { places } => Ok(self.ticket(places, None)),
+            Arrival::Queued { id, ahead, displaced } => {
                 inner.slots.insert(id, Slot::Waiting(None));
+                let woken = displaced.and_then(|id| inner.settle(id, Slot::Displaced));
+                drop(inner);
+                woken.into_iter().for_each(Waker::wake);
                 self.state = EntryState::Waiting { id, ahead, timer: Box::pin(sleep_until(self.deadline)) };
-                Poll::Pending
+                return Poll::Pending;
             }
-            refusal @ (Arrival::Full | Arrival::Hopeless) => {
-                self.state = EntryState::Done;
-                let retry_after = retry_after(&inner.queue);
-                Poll::Ready(Err(match refusal {
-                    Arrival::Full => Refused::Full { retry_after },
-                    _ => Refused::Hopeless { retry_after },
-                }))
-            }
-        }
+            Arrival::Full => Err(Refused::Full { retry_after: retry_after(&inner) }),
+            Arrival::KeyFull => Err(Refused::KeyFull { retry_after: retry_after(&inner) }),
+            Arrival::Hopeless => Err(Refused::Hopeless { retry_after: retry_after(&inner) }),
+        };
+        self.state = EntryState::Done;
+        Poll::Ready(outcome)
     }
 }
 
@@ -225,38 +243,32 @@ impl Future for Entry {
         if due {
             // Everybody whose time has come, not only this one: the queue stays in order.
             let now = admission.since_epoch(Instant::now()).max(admission.since_epoch(deadline));
-            while let Some(expired) = inner.queue.expire_next(now) {
-                if let Some(waker) = inner.settle(expired, Slot::Expired)
+            while let Some((expired, bound)) = inner.queue.expire_next(now) {
+                if let Some(waker) = inner.settle(expired, Slot::Expired(bound))
                     && expired != id
                 {
                     waker.wake();
                 }
             }
         }
-        match inner.slots.get_mut(&id) {
-            Some(Slot::Waiting(waker)) => {
-                match waker {
-                    Some(known) => known.clone_from(cx.waker()),
-                    None => *waker = Some(cx.waker().clone()),
-                }
-                Poll::Pending
+        if let Some(Slot::Waiting(waker)) = inner.slots.get_mut(&id) {
+            match waker {
+                Some(known) => known.clone_from(cx.waker()),
+                None => *waker = Some(cx.waker().clone()),
             }
-            slot => {
-                let outcome = match slot {
-                    Some(Slot::Admitted) => Ok(()),
-                    Some(Slot::Expired) => Err(Refused::Expired { retry_after: Duration::ZERO }),
-                    _ => Err(Refused::TurnedAway),
-                };
-                inner.slots.remove(&id);
-                let outcome = outcome.map_err(|refused| match refused {
-                    Refused::Expired { .. } => Refused::Expired { retry_after: retry_after(&inner.queue) },
-                    other => other,
-                });
-                drop(inner);
-                self.state = EntryState::Done;
-                Poll::Ready(outcome.map(|()| self.ticket(Some(ahead))))
-            }
+            return Poll::Pending;
         }
+        let slot = inner.slots.remove(&id);
+        let retry_after = || retry_after(&inner.queue, self.caller.key);
+        let outcome = match slot {
+            Some(Slot::Admitted { places }) => Ok(places),
+            Some(Slot::Expired(bound)) => Err(Refused::Expired { retry_after: retry_after(), bound }),
+            Some(Slot::Displaced) => Err(Refused::Displaced { retry_after: retry_after() }),
+            Some(Slot::Waiting(_) | Slot::TurnedAway) | None => Err(Refused::TurnedAway),
+        };
+        drop(inner);
+        self.state = EntryState::Done;
+        Poll::Ready(outcome.map(|places| self.ticket(places, Some(ahead))))
     }
 }
 
@@ -265,10 +277,12 @@ impl Drop for Entry {
         let EntryState::Waiting { id, .. } = self.state else { return };
         let woken = {
             let mut inner = self.admission.lock();
-            let admitted = matches!(inner.slots.remove(&id), Some(Slot::Admitted));
-            if inner.queue.cancel(id) == Cancelled::Unknown && admitted {
-                // Admitted in the very moment in which the client left: the place goes on.
-                inner.queue.leave(None);
+            let slot = inner.slots.remove(&id);
+            if inner.queue.cancel(id) == Cancelled::Unknown
+                && let Some(Slot::Admitted { places }) = slot
+            {
+                // Admitted in the very moment in which the client left: the places go on.
+                inner.queue.leave(self.caller.key, places, None);
             }
             inner.admit()
         };
@@ -283,9 +297,11 @@ enum Counted {
     No,
 }
 
-/// A place towards the engine. Dropping it frees the place and wakes the next.
+/// Places towards the engine. Dropping it frees them and wakes the next.
 pub struct Ticket {
     admission: Admission,
+    key: KeyId,
+    places: u32,
     since: Instant,
     waited_behind: Option<usize>,
     counted: Counted,
@@ -312,7 +328,7 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         let held = (self.counted == Counted::Yes).then(|| self.since.elapsed());
-        self.admission.change(|inner| inner.queue.leave(held));
+        self.admission.change(|inner| inner.queue.leave(self.key, self.places, held));
     }
 }
 
@@ -328,16 +344,20 @@ mod tests {
         Instant::now() + Duration::from_secs(5)
     }
 
+    fn enter(admission: &Admission) -> Entry {
+        admission.enter(soon(), Caller::ANYBODY, 1)
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_dropped_ticket_wakes_the_next_in_line() {
         let admission = admission(1, 8);
-        let held = admission.enter(soon()).await.unwrap();
-        let waiting = tokio::spawn(admission.enter(soon()));
+        let held = enter(&admission).await.unwrap();
+        let waiting = tokio::spawn(enter(&admission));
         tokio::task::yield_now().await;
-        assert_eq!(admission.counts(), Counts { open: 1, waiting: 1, max: 1 });
+        assert_eq!(admission.counts(), Counts { open: 1, waiting: 1, room: 1 });
         drop(held);
         let ticket = waiting.await.unwrap().unwrap();
-        assert_eq!(admission.counts(), Counts { open: 1, waiting: 0, max: 1 });
+        assert_eq!(admission.counts(), Counts { open: 1, waiting: 0, room: 1 });
         drop(ticket);
         assert_eq!(admission.counts().open, 0);
     }
@@ -345,10 +365,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_waiter_that_leaves_frees_its_slot_at_once() {
         let admission = admission(1, 1);
-        let _held = admission.enter(soon()).await.unwrap();
-        let waiting = tokio::spawn(admission.enter(soon()));
+        let _held = enter(&admission).await.unwrap();
+        let waiting = tokio::spawn(enter(&admission));
         tokio::task::yield_now().await;
-        assert!(matches!(admission.enter(soon()).await, Err(Refused::Full { .. })));
+        assert!(matches!(enter(&admission).await, Err(Refused::Full { .. })));
         waiting.abort();
         let _ = waiting.await;
         assert_eq!(admission.counts().waiting, 0);
@@ -357,11 +377,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_place_given_to_somebody_who_leaves_goes_to_the_next() {
         let admission = admission(1, 8);
-        let held = admission.enter(soon()).await.unwrap();
-        let mut first = Box::pin(admission.enter(soon()));
+        let held = enter(&admission).await.unwrap();
+        let mut first = Box::pin(enter(&admission));
         let mut cx = Context::from_waker(Waker::noop());
         assert!(first.as_mut().poll(&mut cx).is_pending());
-        let second = tokio::spawn(admission.enter(soon()));
+        let second = tokio::spawn(enter(&admission));
         tokio::task::yield_now().await;
         drop(held);
         drop(first); // admitted, never polled again
@@ -373,7 +393,7 @@ mod tests {
     async fn a_deadline_ends_the_wait() {
         let admission = admission(0, 8);
         let before = Instant::now();
-        assert!(matches!(admission.enter(soon()).await, Err(Refused::Expired { .. })));
+        assert!(matches!(enter(&admission).await, Err(Refused::Expired { .. })));
         assert!(before.elapsed() >= Duration::from_secs(5));
         assert_eq!(admission.counts().waiting, 0);
     }
@@ -381,7 +401,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn everybody_is_turned_away_when_nothing_will_come() {
         let admission = admission(0, 8);
-        let waiting = tokio::spawn(admission.enter(soon()));
+        let waiting = tokio::spawn(enter(&admission));
         tokio::task::yield_now().await;
         admission.turn_everybody_away();
         assert!(matches!(waiting.await.unwrap(), Err(Refused::TurnedAway)));
@@ -390,7 +410,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn more_places_are_filled_when_the_limit_rises() {
         let admission = admission(0, 8);
-        let waiting = tokio::spawn(admission.enter(soon()));
+        let waiting = tokio::spawn(enter(&admission));
         tokio::task::yield_now().await;
         admission.set_limits(Limits { max: 1, queue: 8 });
         assert!(waiting.await.unwrap().is_ok());
@@ -398,13 +418,52 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn retry_after_is_measured_spread_and_never_below_a_second() {
-        let admission = admission(1, 8);
-        assert!(admission.retry_after() >= Duration::from_secs(1));
-        let ticket = admission.enter(soon()).await.unwrap();
+        let admission = admission(1, 0);
+        let retry_after = |refused| match refused {
+            Err(Refused::Full { retry_after }) => retry_after,
+            other => panic!("{other:?}"),
+        };
+        let ticket = enter(&admission).await.unwrap();
+        let shortest = retry_after(enter(&admission).await);
+        assert!((Duration::from_secs(1)..=Duration::from_secs(3)).contains(&shortest), "{shortest:?}");
         tokio::time::advance(Duration::from_secs(40)).await;
         drop(ticket);
-        let advice: Vec<Duration> = (0..32).map(|_| admission.retry_after()).collect();
+        let _ticket = enter(&admission).await.unwrap();
+        let mut advice = Vec::new();
+        for _ in 0..32 {
+            advice.push(retry_after(enter(&admission).await));
+        }
         assert!(advice.iter().all(|wait| (Duration::from_secs(40)..=Duration::from_mins(1)).contains(wait)));
         assert!(advice.windows(2).any(|pair| pair[0] != pair[1]), "all the refused return together");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_displaced_is_told_at_once() {
+        let admission = admission(1, 1);
+        let _held = enter(&admission).await.unwrap();
+        let flood = tokio::spawn(enter(&admission));
+        tokio::task::yield_now().await;
+        // Two of one line may wait, one of each of two may not: the longer line gives way.
+        admission.set_limits(Limits { max: 1, queue: 2 });
+        let second = tokio::spawn(enter(&admission));
+        tokio::task::yield_now().await;
+        let other = Caller { key: KeyId(1), ..Caller::ANYBODY };
+        let single = tokio::spawn(admission.enter(soon(), other, 1));
+        assert!(matches!(second.await.unwrap(), Err(Refused::Displaced { .. })));
+        assert_eq!(admission.counts().waiting, 2);
+        drop((flood, single));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn several_places_are_held_and_freed_together() {
+        let admission = admission(4, 8);
+        let ticket = admission.enter(soon(), Caller::ANYBODY, 3).await.unwrap();
+        assert_eq!((admission.counts().open, admission.busy()), (3, vec![(KeyId::ANYBODY, 3, 0)]));
+        let mut large = Box::pin(admission.enter(soon(), Caller::ANYBODY, 2));
+        assert!(large.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        drop(ticket);
+        assert_eq!(admission.counts().open, 2);
+        drop(large); // admitted, never polled again
+        assert_eq!(admission.counts().open, 0);
     }
 }

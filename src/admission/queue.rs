@@ -1,12 +1,18 @@
 //! The queue before the engine, as data: what happens at each arrival, departure and deadline.
 //!
 //! It does not wait, wake, lock or look at a clock. Time is a [`Duration`] since any fixed moment.
-//! Order is first in, first out; fairness between keys belongs in [`Queue::admit_next`], the only
-//! place that picks who is next.
+//! Who is next is [`super::order`]'s; this file keeps the bounds: places in all, waiters in all, each
+//! key's own, and how long each waits.
+//!
+//! A request may ask for several places. It gets them together or waits for them at the front of its
+//! turn: nobody smaller slips past who is next. It never asks for more than there are.
 
-use std::collections::VecDeque;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
+pub use super::order::WaiterId;
+use super::order::{NEWEST, Order};
+use super::terms::{Caller, KeyId};
 use crate::link::Gate;
 
 /// How many may be open at once and how many may wait.
@@ -16,123 +22,182 @@ pub struct Limits {
     pub queue: usize,
 }
 
-/// Names one waiting request. Never used twice in a queue's life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct WaiterId(u64);
-
 /// What an arrival led to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrival {
-    Admitted,
-    /// Waits; `ahead` requests stand before it.
+    /// With so many places.
+    Admitted { places: u32 },
+    /// Waits; some `ahead` go before it.
     Queued {
         id: WaiterId,
         ahead: usize,
+        /// Who no longer waits, to make room: the youngest of the line that is longest for its share.
+        displaced: Option<WaiterId>,
     },
     /// As many wait already as may.
     Full,
+    /// As many wait already with this key as may.
+    KeyFull,
     /// It would still be waiting when its deadline passes, by what was measured.
     Hopeless,
 }
 
+/// Which limit keeps a request waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Waiter {
-    id: WaiterId,
-    deadline: Duration,
+pub enum Bound {
+    /// The node's places, or the engine.
+    Node,
+    /// Its key's own.
+    Key,
 }
-
-/// Share of the newest sample in the mean service time: the last some ten requests decide.
-const NEWEST: f64 = 0.1;
 
 #[derive(Debug)]
 pub struct Queue {
     limits: Limits,
+    /// What the engine can take at present: see [`super::sizing`].
+    ceiling: usize,
     gate: Gate,
+    /// Places held.
     open: usize,
-    /// Ids ascend from front to back: an id is found by bisection.
-    waiting: VecDeque<Waiter>,
-    next_id: u64,
-    /// Mean seconds a request holds its place; none before the first one ended.
-    service: Option<f64>,
+    order: Order,
+    deadlines: BTreeSet<WaiterId>,
+    next_number: u64,
+    /// Mean seconds of a place that a request takes; none before the first one ended.
+    work: Option<f64>,
 }
 
 impl Queue {
     pub fn new(limits: Limits, gate: Gate) -> Self {
-        Self { limits, gate, open: 0, waiting: VecDeque::new(), next_id: 0, service: None }
+        Self {
+            limits,
+            ceiling: usize::MAX,
+            gate,
+            open: 0,
+            order: Order::default(),
+            deadlines: BTreeSet::new(),
+            next_number: 0,
+            work: None,
+        }
     }
 
     pub fn limits(&self) -> Limits {
         self.limits
     }
 
+    /// Places that may be held at present.
+    pub fn room(&self) -> usize {
+        self.limits.max.min(self.ceiling)
+    }
+
+    /// Places held.
     pub fn open(&self) -> usize {
         self.open
     }
 
     pub fn waiting(&self) -> usize {
-        self.waiting.len()
+        self.order.waiting()
     }
 
-    /// A request comes at `now` and will not wait beyond `deadline`.
-    pub fn arrive(&mut self, now: Duration, deadline: Duration) -> Arrival {
-        if self.gate == Gate::Open && self.waiting.is_empty() && self.open < self.limits.max {
-            self.open += 1;
-            return Arrival::Admitted;
+    /// Keys that hold places or wait: places and waiters of each.
+    pub fn busy(&self) -> impl Iterator<Item = (KeyId, u32, usize)> {
+        self.order.busy()
+    }
+
+    /// So many places, or as many as there are; none where they are taken.
+    fn fit(&self, key: KeyId, asked: u32) -> Option<u32> {
+        let room = self.room();
+        let most = u32::try_from(room).unwrap_or(u32::MAX);
+        let places = self.order.places(key, asked.clamp(1, most.max(1)));
+        (self.gate == Gate::Open && self.open + places as usize <= room).then_some(places)
+    }
+
+    /// A request comes at `now`, asks for so many places and will not wait beyond `deadline`.
+    pub fn arrive(&mut self, now: Duration, deadline: Duration, caller: Caller, asked: u32) -> Arrival {
+        let key = caller.key;
+        let asked = asked.clamp(1, u32::try_from(self.limits.max.max(1)).unwrap_or(u32::MAX));
+        self.order.meet(caller);
+        let waiting = self.order.length(key);
+        if self.order.is_idle()
+            && waiting == 0
+            && self.order.may_take(key, asked)
+            && let Some(places) = self.fit(key, asked)
+        {
+            self.order.pass(key, places);
+            self.open += places as usize;
+            return Arrival::Admitted { places };
         }
-        let ahead = self.waiting.len();
-        if ahead >= self.limits.queue {
+        if caller.terms.queue.is_some_and(|most| waiting >= most as usize) {
+            return Arrival::KeyFull;
+        }
+        let is_full = self.waiting() >= self.limits.queue;
+        let displaced = if is_full && self.limits.queue > 0 { self.order.displaced_by(key) } else { None };
+        if is_full && displaced.is_none() {
             return Arrival::Full;
         }
         // While the engine is away nothing measured says when it returns.
-        if self.gate == Gate::Open && self.expected_wait(ahead).is_some_and(|wait| now + wait > deadline) {
+        if self.gate == Gate::Open && self.expected_wait(key).is_some_and(|wait| now + wait > deadline) {
             return Arrival::Hopeless;
         }
-        let id = WaiterId(self.next_id);
-        self.next_id += 1;
-        self.waiting.push_back(Waiter { id, deadline });
-        Arrival::Queued { id, ahead }
-    }
-
-    /// Gives the next waiter a place, if there is one of each. Call until it says `None`.
-    pub fn admit_next(&mut self) -> Option<WaiterId> {
-        if self.gate == Gate::Closed || self.open >= self.limits.max {
-            return None;
+        if let Some(id) = displaced {
+            self.forget(id);
         }
-        let waiter = self.waiting.pop_front()?;
-        self.open += 1;
-        Some(waiter.id)
+        let ahead = self.order.ahead(key);
+        let id = WaiterId { deadline, number: self.next_number, key };
+        self.next_number += 1;
+        self.order.push(id, asked);
+        self.deadlines.insert(id);
+        Arrival::Queued { id, ahead, displaced }
     }
 
-    /// A place becomes free; its request held it for `held`, if that says something about service.
-    pub fn leave(&mut self, held: Option<Duration>) {
-        debug_assert!(self.open > 0, "a place was freed twice");
-        self.open = self.open.saturating_sub(1);
+    /// Says whether it was there.
+    fn forget(&mut self, id: WaiterId) -> bool {
+        let known = self.deadlines.remove(&id);
+        if known {
+            self.order.remove(id);
+        }
+        known
+    }
+
+    /// Gives the next waiter its places, if there is one and they are free. Call until it says `None`.
+    pub fn admit_next(&mut self) -> Option<(WaiterId, u32)> {
+        let next = self.order.next()?;
+        let places = self.fit(next.id.key, next.asked)?;
+        self.deadlines.remove(&next.id);
+        self.order.admit(next, places);
+        self.open += places as usize;
+        Some((next.id, places))
+    }
+
+    /// Places become free; their request held them for `held`, if that says something about service.
+    pub fn leave(&mut self, key: KeyId, places: u32, held: Option<Duration>) {
+        debug_assert!(self.open >= places as usize, "a place was freed twice");
+        self.open = self.open.saturating_sub(places as usize);
+        self.order.leave(key, places, held);
         if let Some(held) = held {
-            let sample = held.as_secs_f64();
-            self.service = Some(self.service.map_or(sample, |mean| mean + NEWEST * (sample - mean)));
+            let sample = held.as_secs_f64() * f64::from(places);
+            self.work = Some(self.work.map_or(sample, |mean| mean + NEWEST * (sample - mean)));
         }
     }
 
     /// A waiter goes away. Says whether it was still waiting.
     pub fn cancel(&mut self, id: WaiterId) -> Cancelled {
-        match self.waiting.binary_search_by_key(&id, |waiter| waiter.id) {
-            Ok(at) => {
-                self.waiting.remove(at);
-                Cancelled::Waiting
-            }
-            Err(_) => Cancelled::Unknown,
-        }
+        if self.forget(id) { Cancelled::Waiting } else { Cancelled::Unknown }
     }
 
-    /// Removes and names one waiter whose deadline has passed. Call until it says `None`.
-    pub fn expire_next(&mut self, now: Duration) -> Option<WaiterId> {
-        let at = self.waiting.iter().position(|waiter| waiter.deadline <= now)?;
-        self.waiting.remove(at).map(|waiter| waiter.id)
+    /// Removes and names one waiter whose deadline has passed, and what kept it. Call until it says
+    /// `None`.
+    pub fn expire_next(&mut self, now: Duration) -> Option<(WaiterId, Bound)> {
+        let id = *self.deadlines.first().filter(|id| id.deadline <= now)?;
+        let bound = if self.order.is_held_by_its_key(id.key) { Bound::Key } else { Bound::Node };
+        self.forget(id);
+        Some((id, bound))
     }
 
     /// Removes and names one waiter, whoever it is: nobody will be admitted again.
     pub fn turn_away_next(&mut self) -> Option<WaiterId> {
-        self.waiting.pop_front().map(|waiter| waiter.id)
+        let id = *self.deadlines.first()?;
+        self.forget(id);
+        Some(id)
     }
 
     pub fn set_gate(&mut self, gate: Gate) {
@@ -144,11 +209,17 @@ impl Queue {
         self.limits = limits;
     }
 
-    /// How long a request with `ahead` before it would wait, by the measured service time.
-    pub fn expected_wait(&self, ahead: usize) -> Option<Duration> {
-        let places = self.limits.max.max(1) as f64;
-        let seconds = self.service? * (ahead as f64 + 1.0) / places;
-        Duration::try_from_secs_f64(seconds).ok()
+    /// What the engine can take at present; the same holds for who is above it.
+    pub fn set_ceiling(&mut self, ceiling: usize) {
+        self.ceiling = ceiling;
+    }
+
+    /// How long a request that comes now with this key would wait, by what was measured.
+    pub fn expected_wait(&self, key: KeyId) -> Option<Duration> {
+        let places = self.room().max(1) as f64;
+        let node = self.work.map(|work| work * (self.order.ahead(key) as f64 + 1.0) / places);
+        let node = node.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        node.max(self.order.own_wait(key))
     }
 }
 
@@ -156,133 +227,9 @@ impl Queue {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cancelled {
     Waiting,
-    /// Admitted, expired or turned away before.
+    /// Admitted, expired, displaced or turned away before.
     Unknown,
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn secs(n: u64) -> Duration {
-        Duration::from_secs(n)
-    }
-
-    #[test]
-    fn places_go_first_in_first_out() {
-        let mut queue = Queue::new(Limits { max: 1, queue: 2 }, Gate::Open);
-        assert_eq!(queue.arrive(secs(0), secs(9)), Arrival::Admitted);
-        let Arrival::Queued { id: first, ahead: 0 } = queue.arrive(secs(0), secs(9)) else { panic!("queued") };
-        let Arrival::Queued { id: second, ahead: 1 } = queue.arrive(secs(0), secs(9)) else { panic!("queued") };
-        assert_eq!(queue.arrive(secs(0), secs(9)), Arrival::Full);
-        assert_eq!(queue.admit_next(), None);
-        queue.leave(Some(secs(1)));
-        assert_eq!(queue.admit_next(), Some(first));
-        assert_eq!(queue.admit_next(), None);
-        queue.leave(Some(secs(1)));
-        assert_eq!(queue.admit_next(), Some(second));
-    }
-
-    #[test]
-    fn a_closed_gate_admits_nobody_and_keeps_the_order() {
-        let mut queue = Queue::new(Limits { max: 2, queue: 9 }, Gate::Closed);
-        let Arrival::Queued { id: first, .. } = queue.arrive(secs(0), secs(9)) else { panic!("queued") };
-        let Arrival::Queued { id: second, .. } = queue.arrive(secs(0), secs(9)) else { panic!("queued") };
-        assert_eq!(queue.admit_next(), None);
-        queue.set_gate(Gate::Open);
-        assert_eq!((queue.admit_next(), queue.admit_next(), queue.admit_next()), (Some(first), Some(second), None));
-    }
-
-    #[test]
-    fn nobody_overtakes_the_queue_when_a_place_is_free() {
-        let mut queue = Queue::new(Limits { max: 1, queue: 9 }, Gate::Closed);
-        assert!(matches!(queue.arrive(secs(0), secs(9)), Arrival::Queued { .. }));
-        queue.set_gate(Gate::Open);
-        assert!(matches!(queue.arrive(secs(0), secs(9)), Arrival::Queued { ahead: 1, .. }));
-    }
-
-    #[test]
-    fn a_deadline_shorter_than_the_measured_wait_is_refused_at_once() {
-        let mut queue = Queue::new(Limits { max: 1, queue: 9 }, Gate::Open);
-        assert_eq!(queue.arrive(secs(0), secs(60)), Arrival::Admitted);
-        queue.leave(Some(secs(10)));
-        assert_eq!(queue.arrive(secs(0), secs(60)), Arrival::Admitted);
-        assert_eq!(queue.arrive(secs(0), secs(5)), Arrival::Hopeless);
-        assert!(matches!(queue.arrive(secs(0), secs(11)), Arrival::Queued { .. }));
-    }
-
-    #[derive(Debug, Clone)]
-    enum Op {
-        Arrive { patience: u64 },
-        Leave,
-        Cancel(usize),
-        Pass(u64),
-        Gate(bool),
-        Limits { max: usize, queue: usize },
-    }
-
-    fn op() -> impl Strategy<Value = Op> {
-        prop_oneof![
-            4 => (1u64..50).prop_map(|patience| Op::Arrive { patience }),
-            3 => Just(Op::Leave),
-            1 => (0usize..20).prop_map(Op::Cancel),
-            2 => (0u64..20).prop_map(Op::Pass),
-            1 => any::<bool>().prop_map(Op::Gate),
-            1 => (0usize..5, 0usize..6).prop_map(|(max, queue)| Op::Limits { max, queue }),
-        ]
-    }
-
-    proptest! {
-        /// A slow, obvious model beside the queue: a plain list of waiters and a count.
-        #[test]
-        fn the_queue_does_what_the_model_does(ops in proptest::collection::vec(op(), 0..200)) {
-            let mut limits = Limits { max: 2, queue: 4 };
-            let mut queue = Queue::new(limits, Gate::Open);
-            let mut gate = Gate::Open;
-            let (mut now, mut open) = (secs(0), 0usize);
-            let mut model: Vec<(WaiterId, Duration)> = Vec::new();
-            for op in ops {
-                match op {
-                    Op::Arrive { patience } => {
-                        let deadline = now + secs(patience);
-                        let free = gate == Gate::Open && open < limits.max && model.is_empty();
-                        match queue.arrive(now, deadline) {
-                            Arrival::Admitted => { prop_assert!(free); open += 1; }
-                            Arrival::Queued { id, ahead } => {
-                                prop_assert!(!free && model.len() < limits.queue);
-                                prop_assert_eq!(ahead, model.len());
-                                prop_assert!(model.iter().all(|(known, _)| *known < id));
-                                model.push((id, deadline));
-                            }
-                            Arrival::Full => prop_assert!(!free && model.len() >= limits.queue),
-                            Arrival::Hopeless => prop_assert!(false, "nothing was measured"),
-                        }
-                    }
-                    Op::Leave => if open > 0 { open -= 1; queue.leave(None); },
-                    Op::Cancel(at) => if !model.is_empty() {
-                        let (id, _) = model.remove(at % model.len());
-                        prop_assert_eq!(queue.cancel(id), Cancelled::Waiting);
-                        prop_assert_eq!(queue.cancel(id), Cancelled::Unknown);
-                    },
-                    Op::Pass(by) => now += secs(by),
-                    Op::Gate(is_open) => { gate = if is_open { Gate::Open } else { Gate::Closed }; queue.set_gate(gate); }
-                    Op::Limits { max, queue: room } => { limits = Limits { max, queue: room }; queue.set_limits(limits); }
-                }
-                let mut expired = Vec::new();
-                while let Some(id) = queue.expire_next(now) { expired.push(id); }
-                let due: Vec<_> = model.iter().filter(|w| w.1 <= now).map(|w| w.0).collect();
-                model.retain(|w| w.1 > now);
-                prop_assert_eq!(expired, due);
-                while let Some(id) = queue.admit_next() {
-                    prop_assert!(gate == Gate::Open && open < limits.max);
-                    prop_assert_eq!(id, model.remove(0).0);
-                    open += 1;
-                }
-                prop_assert!(gate == Gate::Closed || open >= limits.max || model.is_empty(), "a place stays empty");
-                prop_assert_eq!((queue.open(), queue.waiting()), (open, model.len()));
-            }
-        }
-    }
-}
+mod tests;

@@ -7,6 +7,7 @@ pub use crate::exit;
 mod certificate;
 pub mod fetch;
 pub mod guard;
+pub mod keys;
 pub mod plan;
 pub mod probe;
 pub mod proxy;
@@ -44,6 +45,8 @@ pub enum Command {
     Probe(probe::ProbeArgs),
     /// Show what a running sglangd is doing.
     Status(status::StatusArgs),
+    /// Add, list and remove API keys.
+    Keys(keys::KeysArgs),
     /// Only the reverse proxy, in front of an engine that somebody else runs.
     Proxy(proxy::ProxyArgs),
     /// A simulated SGLang engine: takes its arguments, speaks its HTTP, prints its log lines.
@@ -158,6 +161,7 @@ pub fn run(cli: Cli) -> Exit {
         Command::Fetch(args) => fetch::run(args),
         Command::Probe(args) => probe::run(args),
         Command::Status(args) => status::run(args),
+        Command::Keys(args) => keys::run(args),
         Command::Proxy(args) => proxy::run(args),
         Command::Simulate(args) => simulate::run(args),
         Command::Guard(args) => guard::run(args),

@@ -163,6 +163,10 @@ pub fn run(args: PlanArgs) -> Exit {
             return Exit::Config;
         }
     };
+    if let Err(error) = super::keys::check(&loaded.config) {
+        eprintln!("sglangd: {error}");
+        return Exit::Config;
+    }
     let certificate = match super::certificate::check(&loaded) {
         Ok(warnings) => warnings,
         Err(complaint) => {

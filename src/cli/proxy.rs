@@ -72,6 +72,8 @@ fn bind(place: &Place, mode: u32) -> anyhow::Result<Bound> {
     match place {
         Place::Address(address) => {
             let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+            // More than the standard library's 128: who finds a full backlog tries again after a second.
+            socket2::SockRef::from(&listener).listen(public_socket::BACKLOG)?;
             let address = listener.local_addr()?;
             tracing::info!(%address, "listening");
             let reach = if address.ip().is_loopback() { Reach::Machine } else { Reach::Others };
@@ -142,6 +144,7 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
             "no key is asked for: everybody who reaches this address may use the engine; set auth.keys_file"
         );
     }
+    tracing::info!(engine = %upstream, "proxying");
     runtime.block_on(until_stopped(&mut proxy, signals, Duration::from_secs(args.grace), &args.config));
     proxy.close();
     drop(names);

@@ -61,6 +61,10 @@ pub fn run(mut args: ServeArgs) -> Exit {
         eprint!("{complaint}");
         return Exit::Config;
     }
+    if let Err(error) = super::keys::check(&loaded.config) {
+        eprintln!("sglangd: {error}");
+        return Exit::Config;
+    }
     if let Err(complaint) = super::certificate::check(&loaded) {
         eprint!("{complaint}");
         return Exit::Config;
@@ -75,10 +79,7 @@ pub fn run(mut args: ServeArgs) -> Exit {
     for notice in &loaded.notices {
         tracing::info!("{notice}");
     }
-    for warning in &loaded.warnings {
-        tracing::warn!("{warning}");
-    }
-    if let Some(warning) = loaded.config.exposure() {
+    for warning in loaded.warnings.iter().chain(&loaded.config.exposure()) {
         tracing::warn!("{warning}");
     }
     greet(&loaded, &bound);

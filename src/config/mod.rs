@@ -227,6 +227,19 @@ pub enum LogFormat {
     Json,
 }
 
+impl Config {
+    /// That strangers may use the engine, where they may.
+    pub fn exposure(&self) -> Option<String> {
+        let public = self.listen.public.filter(|public| !public.ip().is_loopback())?;
+        self.auth.keys_file.is_none().then(|| {
+            format!(
+                "everybody who reaches {public} may use the engine: no API key is asked for. Make one with `sglangd \
+                 keys add NAME --file FILE` and set auth.keys_file, or listen on 127.0.0.1"
+            )
+        })
+    }
+}
+
 /// Which keys differ: what a reload cannot make live. `running` is what is lived by, and where it was said.
 pub fn needs_restart(running: &Loaded, said: &Loaded) -> Vec<String> {
     let mut keys = Vec::new();
@@ -253,18 +266,6 @@ pub fn needs_restart(running: &Loaded, said: &Loaded) -> Vec<String> {
     differs("shutdown", running.shutdown != said.shutdown);
     differs("observe", running.observe != said.observe);
     keys
-}
-
-impl Config {
-    /// Who may use the engine without being asked for a key, where that is more than this machine.
-    pub fn exposure(&self) -> Option<String> {
-        let public = self.listen.public.filter(|address| !address.ip().is_loopback())?;
-        self.auth.keys_file.is_none().then(|| {
-            format!(
-                "listen.public is {public} and no key is asked for: everybody who reaches it may use the engine; set auth.keys_file"
-            )
-        })
-    }
 }
 
 impl From<&Config> for crate::link::ProxySettings {

@@ -18,7 +18,6 @@ use crate::admission::Caller;
 pub struct Call {
     pub peer: Rc<Peer>,
     pub route: &'static Route,
-    #[allow(dead_code)] // admission is about to ask
     pub caller: Caller,
     /// Where it is counted.
     pub label: Label,

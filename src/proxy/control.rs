@@ -9,15 +9,13 @@ use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::{CERTIFICATE_LOOK, Listener, Proxy, ProxyError, Supervision, Timings};
+use super::{CERTIFICATE_LOOK, KEYS_LOOK, Listener, Proxy, ProxyError, Supervision, Timings};
 use crate::link::{Down, LinkError, Traffic, Up, split};
 
 /// How often the facts are looked at; sent when they changed.
 const LOOK: Duration = Duration::from_millis(100);
 /// How often they are sent when nothing changed.
 const REPEAT: Duration = Duration::from_secs(1);
-/// How often the keys file is looked at: one `stat`, and only where there is a file.
-const KEYS_LOOK: Duration = Duration::from_secs(2);
 /// A supervisor says what it knows at once. One that does not is stuck, and clients are told so.
 const FIRST_WORD: Duration = Duration::from_secs(1);
 

@@ -125,6 +125,30 @@ impl Refusal {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded_error", "queue_timeout", message).retry(retry_after)
     }
 
+    /// 429: it is the key's own limit, and another server would say the same.
+    fn of_key(code: &str, message: &str, retry_after: Duration) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", code, message).retry(retry_after)
+    }
+
+    pub fn key_queue_full(retry_after: Duration) -> Self {
+        Self::of_key(
+            "key_queue_full",
+            "as many requests wait already with this key as may; come again later",
+            retry_after,
+        )
+    }
+
+    pub fn displaced(retry_after: Duration) -> Self {
+        let message =
+            "this key held more of the full queue than its share, and another key needed it; come again later";
+        Self::of_key("key_queue_full", message, retry_after)
+    }
+
+    pub fn key_queue_timeout(retry_after: Duration) -> Self {
+        let message = "as many requests were open with this key as may, for as long as one waits; come again later";
+        Self::of_key("key_queue_timeout", message, retry_after)
+    }
+
     pub fn deadline(retry_after: Duration) -> Self {
         let message = "the request's own deadline passed before its turn came";
         Self::new(StatusCode::GATEWAY_TIMEOUT, "overloaded_error", "deadline_exceeded", message).retry(retry_after)

@@ -144,8 +144,10 @@ impl Counters {
 }
 
 /// Numbers that are not a worker's.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Gauges {
+    /// Keys that hold places or wait: places and waiters of each.
+    pub busy: Vec<(KeyId, u32, usize)>,
     pub in_flight: usize,
     pub queued: usize,
     pub max: usize,
@@ -195,6 +197,23 @@ pub fn page(workers: &[std::sync::Arc<Counters>], gauges: &Gauges, names: &[Stri
     ] {
         begin(&mut out, name, "gauge", help);
         line(&mut out, name, "", value as u64);
+    }
+    for (name, help, pick) in
+        [("key_places_open", "Places held, by key.", 1), ("key_requests_waiting", "Requests waiting, by key.", 2)]
+    {
+        begin(&mut out, name, "gauge", help);
+        let mut others = 0;
+        for (key, open, waiting) in &gauges.busy {
+            let value = if pick == 1 { u64::from(*open) } else { *waiting as u64 };
+            match key.0 as usize {
+                0 => {}
+                key if key < KEYS => line(&mut out, name, &format!("{{{}}}", &key_label(key, KEYS, names)[1..]), value),
+                _ => others += value,
+            }
+        }
+        if others > 0 {
+            line(&mut out, name, &format!("{{key=\"{OTHERS}\"}}"), others);
+        }
     }
     for (name, kind, help, value) in [
         ("open_answers", "gauge", "Answers not at their end.", sum(|w| &w.open_answers)),
@@ -278,7 +297,9 @@ mod tests {
         for key in [KeyId(1), KeyId(2), KeyId(5000)] {
             workers[1].answered(Label::REFUSED.of(key), StatusCode::TOO_MANY_REQUESTS);
         }
-        let gauges = Gauges { in_flight: 1, queued: 2, max: 32, target: 10, queue: 64, workers: 2, keys_stale: 0 };
+        let busy = vec![(KeyId(0), 1, 1), (KeyId(1), 3, 2), (KeyId(5000), 1, 0)];
+        let gauges =
+            Gauges { busy, in_flight: 1, queued: 2, max: 32, target: 10, queue: 64, workers: 2, keys_stale: 0 };
         let text = page(&workers, &gauges, &["", "ci", "a\\\"b"].map(str::to_owned));
         for line in [
             "sglangd_requests_total{route=\"own\",status=\"2xx\"} 2",
@@ -287,6 +308,9 @@ mod tests {
             r#"sglangd_requests_total{route="refused",status="4xx",key="a\\\"b"} 1"#,
             "sglangd_requests_total{route=\"refused\",status=\"4xx\",key=\"(others)\"} 1",
             "sglangd_requests_in_flight 1",
+            "sglangd_key_places_open{key=\"ci\"} 3",
+            "sglangd_key_places_open{key=\"(others)\"} 1",
+            "sglangd_key_requests_waiting{key=\"ci\"} 2",
             "sglangd_requests_target 10",
             "sglangd_client_aborts_total 1",
             "sglangd_queue_wait_seconds_bucket{le=\"0.005\"} 0",

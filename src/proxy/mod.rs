@@ -13,6 +13,7 @@ mod answer;
 mod auth;
 mod call;
 mod control;
+mod direct;
 mod error;
 mod framing;
 #[cfg(fuzzing)]
@@ -48,6 +49,9 @@ use crate::link::{EngineView, ProxySettings, Traffic};
 use jiff::Timestamp;
 use state::{Mode, Shared};
 use transport::renewal::Renewal;
+
+/// How often the keys file is looked at: one `stat`, and only where there is a file.
+pub const KEYS_LOOK: Duration = Duration::from_secs(2);
 
 /// What keeps a proxy from running.
 #[derive(Debug, thiserror::Error)]
@@ -121,7 +125,8 @@ impl Proxy {
         self.renewal.warnings()
     }
 
-    /// Reads the keys anew if their file has changed; none: it has not. To be called every few seconds.
+    /// Reads the keys anew if their file has changed; none: there is nothing new to say. To be called
+    /// each [`KEYS_LOOK`].
     pub fn look_at_keys(&self) -> Option<Result<(), ProxyError>> {
         self.shared.look_at_keys().map(|outcome| outcome.map_err(ProxyError::from))
     }

@@ -20,6 +20,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::answer::{Answer, Early, Work, head};
 use super::call::Call;
+use super::direct::{self, Leave};
 use super::error::{Refusal, keep_alive};
 use super::headers::{self, BodyFraming, Credentials, Said};
 use super::line::{Ahead, Line, Upload};
@@ -30,7 +31,7 @@ use super::state::{Mode, Snapshot, Supervision};
 use super::upstream::exchange::{BodyFault, Failure, Outgoing, exchange};
 use super::wire::Scheme;
 use super::worker::Worker;
-use crate::admission::{Caller, Refused, Ticket};
+use crate::admission::{Bound, Caller, Refused, Ticket};
 use crate::link::{EngineView, Gate, Upstream};
 
 /// Who asks, and over what.
@@ -68,6 +69,7 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
     let counters = &peer.worker.counters;
     counters.last_request.store(peer.worker.stamp(now), Relaxed);
     let (parts, body) = request.into_parts();
+    let leave = Leave::after(&parts);
     let id = headers::request_id(&parts);
     let mut label = Label::REFUSED;
     let outcome = match triage(&peer, &parts, &mut label) {
@@ -88,7 +90,10 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
     };
     counters.answered(label, response.status());
     response.headers_mut().insert("x-request-id", id);
-    Ok(response)
+    Ok(match leave.with(&response) {
+        Leave::Yes => direct::leave(&peer.line, response).await,
+        Leave::No => response,
+    })
 }
 
 /// Where a request goes, by its head alone.
@@ -170,7 +175,7 @@ async fn decide(call: Rc<Call>, parts: Parts, body: Upload, id: HeaderValue) -> 
     } else {
         outgoing.look().await.map_err(|fault| explain(peer, &snapshot, fault.into()))?;
     }
-    let (ticket, snapshot) = admit(peer, parts, snapshot, &mut outgoing).await?;
+    let (ticket, snapshot) = admit(peer, parts, call.caller, snapshot, &mut outgoing).await?;
     let Some(upstream) = snapshot.engine.as_ref().and_then(|engine| engine.upstream.clone()) else {
         ticket.was_not_served();
         return Err(Refusal::engine(snapshot.engine.as_ref()).into());
@@ -219,6 +224,7 @@ async fn watched<F: Future>(peer: &Peer, future: F) -> Result<F::Output, Stop> {
 async fn admit(
     peer: &Peer,
     parts: &Parts,
+    caller: Caller,
     snapshot: Arc<Snapshot>,
     body: &mut Outgoing,
 ) -> Result<(Ticket, Arc<Snapshot>), Stop> {
@@ -238,7 +244,7 @@ async fn admit(
     let deadline = theirs.map_or(ours, |theirs| theirs.min(ours));
     // Who asks before it sends its body is told to go on only once there is a place.
     let read = if parts.headers.contains_key(EXPECT) { Ahead::Nothing } else { peer.line.ahead() };
-    let mut entry = pin!(shared.admission.enter(deadline));
+    let mut entry = pin!(shared.admission.enter(deadline, caller, body.peek().sequences));
     let waiting = poll_fn(|cx| {
         if let Poll::Ready(outcome) = entry.as_mut().poll(cx) {
             return Poll::Ready(Ok(outcome));
@@ -258,11 +264,15 @@ async fn admit(
         Ok(ticket) => Ok((ticket, now)),
         Err(refused) => Err(match refused {
             Refused::Full { retry_after } => Refusal::queue_full(retry_after),
+            Refused::KeyFull { retry_after } => Refusal::key_queue_full(retry_after),
+            Refused::Displaced { retry_after } => Refusal::displaced(retry_after),
             Refused::Hopeless { retry_after } => Refusal::hopeless(retry_after),
-            Refused::Expired { retry_after } if deadline < ours => Refusal::deadline(retry_after),
+            Refused::Expired { retry_after, .. } if deadline < ours => Refusal::deadline(retry_after),
             Refused::Expired { .. } | Refused::TurnedAway if now.mode != Mode::Serving => Refusal::draining(),
-            Refused::Expired { retry_after } if is_open(now.engine.as_ref()) => Refusal::queue_timeout(retry_after),
-            Refused::Expired { .. } | Refused::TurnedAway => Refusal::engine(now.engine.as_ref()),
+            Refused::Expired { .. } if !is_open(now.engine.as_ref()) => Refusal::engine(now.engine.as_ref()),
+            Refused::Expired { retry_after, bound: Bound::Key } => Refusal::key_queue_timeout(retry_after),
+            Refused::Expired { retry_after, bound: Bound::Node } => Refusal::queue_timeout(retry_after),
+            Refused::TurnedAway => Refusal::engine(now.engine.as_ref()),
         }
         .into()),
     }

@@ -188,8 +188,8 @@ impl Shared {
         self.change(|snapshot| snapshot.identity = identity);
     }
 
-    /// Reads the keys anew if their file has changed since it was read; none: nothing is new. A file
-    /// that could not be read is tried again each time, since nothing tells when it can be.
+    /// Reads the keys anew if their file has changed since it was read; none: there is nothing new to
+    /// say. A file that could not be read is tried again each time, since nothing tells when it can be.
     pub fn look_at_keys(&self) -> Option<Result<(), Arc<KeysError>>> {
         let mut wanted = self.wanted();
         let path = wanted.settings.keys_file.as_deref()?;
@@ -197,7 +197,11 @@ impl Shared {
         if !unreadable && !wanted.keys_file.as_ref()?.has_changed(path) {
             return None;
         }
-        Some(self.attempt(&mut wanted))
+        let before = wanted.complaint.as_deref().map(ToString::to_string);
+        match self.attempt(&mut wanted) {
+            Err(error) if before.as_deref() == Some(error.to_string().as_str()) => None,
+            outcome => Some(outcome),
+        }
     }
 
     /// Whether the keys in use are older than their file.
@@ -268,6 +272,7 @@ impl Shared {
         let counts = self.admission.counts();
         let workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let gauges = Gauges {
+            busy: self.admission.busy(),
             in_flight: counts.open,
             queued: counts.waiting,
             max: snapshot.settings.max,

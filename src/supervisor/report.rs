@@ -151,10 +151,9 @@ impl Facts<'_> {
             weights: self.weights.cloned(),
             // TLS can be switched by a reload, an address cannot.
             listen: Listening { tls: self.config.listen.tls.is_some(), ..self.listen.clone() },
-            warnings: (self.warnings.iter().cloned())
-                .chain(self.config.exposure())
-                .chain(self.half.warnings.iter().cloned())
-                .chain(self.half.refused.clone())
+            warnings: (self.warnings.iter().chain(&self.half.warnings).chain(&self.half.refused))
+                .chain(&self.config.exposure())
+                .cloned()
                 .collect(),
             uptime_seconds: self.uptime.as_secs(),
             config_files: self.config_files.to_vec(),

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -57,6 +58,21 @@ impl Engine {
                 connection.send(&answer);
             }
         })
+    }
+
+    /// Answers each request when the test says so.
+    pub fn held() -> (Self, Sender<()>) {
+        let (release, gate) = channel::<()>();
+        let gate = Mutex::new(gate);
+        let engine = Self::start(move |connection| {
+            while connection.request().is_some() {
+                if gate.lock().unwrap().recv().is_err() {
+                    return;
+                }
+                connection.send(json("200 OK", "{}"));
+            }
+        });
+        (engine, release)
     }
 
     pub fn arrived(&self) -> Vec<Arrived> {

@@ -1,8 +1,10 @@
 //! The data plane in the test's own process, in front of a fake engine.
 
+use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
+use sglangd::keys::hashed;
 use sglangd::link::{EngineState, EngineView, ListenSettings, ProxySettings, Upstream};
 use sglangd::proxy::{Listener, Proxy, Supervision, Timings};
 
@@ -66,6 +68,13 @@ impl Front {
         front
     }
 
+    /// With other settings than the usual ones.
+    pub fn tuned(engine: &Engine, change: impl FnOnce(&mut ProxySettings)) -> Self {
+        let mut settings = settings();
+        change(&mut settings);
+        Self::with(engine, settings, Timings::default())
+    }
+
     pub fn of(engine: &Engine) -> Self {
         Self::with(engine, settings(), Timings::default())
     }
@@ -83,6 +92,14 @@ impl Front {
         let page = self.proxy.metrics();
         page.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(' ')?.parse().ok())
     }
+}
+
+/// A keys file of lines such as `("ci", "secret", "weight=2")`: a name, a key, what it is granted.
+pub fn keys_file(keys: &[(&str, &str, &str)]) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    let lines = keys.iter().map(|(name, key, granted)| format!("{name} {} {granted} # {name}\n", hashed(key)));
+    file.write_all(format!("# keys\n{}", lines.collect::<String>()).as_bytes()).unwrap();
+    file
 }
 
 /// Looks each 2 ms, for 10 s at most.

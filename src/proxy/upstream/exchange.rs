@@ -149,7 +149,6 @@ impl Outgoing {
         self.last = Some(Vec::new());
     }
 
-    #[allow(dead_code)] // admission is about to ask
     /// What the body says about the request, as far as it was looked at.
     pub fn peek(&self) -> Peek {
         self.peek
