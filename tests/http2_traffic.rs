@@ -310,7 +310,7 @@ fn over_tls_the_client_chooses_by_alpn() {
         }
     });
     let files = Folder::with(&Pair::new());
-    let listen = |http2| ListenSettings { tls: Some(files.files()), http2 };
+    let listen = |http2| ListenSettings { tls: Some(files.files()), http2, ..ListenSettings::default() };
     let with = |http2| Front::with(&engine, ProxySettings { listen: listen(http2), ..settings() }, Timings::default());
     let front = with(Http2::On);
     let connect =

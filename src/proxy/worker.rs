@@ -32,7 +32,7 @@ use super::metrics::Counters;
 use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
 use super::tap::{Preface, Tap};
-use super::transport::arrival::{Arrived, Greeting, Handshakes, TlsIs};
+use super::transport::arrival::{Arrived, Greeting, Handshakes};
 use super::transport::identity::ALPN_HTTP2;
 use super::transport::listener::{Accepting, Listener};
 use super::transport::socket::Socket;
@@ -77,7 +77,7 @@ impl Worker {
             counters,
             pool: Rc::default(),
             http,
-            greeting: RefCell::new(Greeting::None),
+            greeting: RefCell::new(Greeting::NONE),
             handshakes: Handshakes::default(),
             mode: RefCell::new(Mode::Serving),
             connections: RefCell::default(),
@@ -106,9 +106,7 @@ impl Worker {
         if upstream.is_none() {
             self.pool.clear();
         }
-        let tls = if snapshot.settings.listen.tls.is_some() { TlsIs::On } else { TlsIs::Off };
-        let http2 = snapshot.settings.listen.http2;
-        self.greeting.replace(Greeting::new(tls, snapshot.identity.as_deref(), http2));
+        self.greeting.replace(Greeting::new(&snapshot.settings.listen, snapshot.identity.as_deref()));
         if *self.mode.borrow() != snapshot.mode {
             self.mode.borrow_mut().clone_from(&snapshot.mode);
             self.connections.borrow().values().for_each(Waker::wake_by_ref);
@@ -144,9 +142,9 @@ async fn accept(worker: Rc<Worker>, listener: Accepting) {
                 let worker = Rc::clone(&worker);
                 let greeting = match &socket {
                     Socket::Tcp(_) => worker.greeting.borrow().clone(),
-                    Socket::Unix(_) => Greeting::None,
+                    Socket::Unix(_) => Greeting::NONE,
                 };
-                if let Greeting::None = greeting {
+                if greeting.is_none() {
                     let wire = Wire::plain(Rc::new(socket));
                     spawn_local(converse(worker, Arrived { wire, address }));
                 } else {
