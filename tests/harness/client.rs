@@ -19,14 +19,14 @@ pub struct Client {
 
 /// What the client's bytes go through.
 #[derive(Debug)]
-enum Stream {
+pub enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
     Tls(Box<StreamOwned<ClientConnection, TcpStream>>),
 }
 
 impl Stream {
-    fn socket(&self) -> SockRef<'_> {
+    pub fn socket(&self) -> SockRef<'_> {
         match self {
             Self::Tcp(stream) => SockRef::from(stream),
             Self::Unix(stream) => SockRef::from(stream),
@@ -134,6 +134,17 @@ impl Client {
         Ok(Self { stream: Stream::Tls(Box::new(StreamOwned::new(session, stream))), unread: self.unread })
     }
 
+    /// For who speaks something else on it.
+    pub fn into_stream(self) -> Stream {
+        self.stream
+    }
+
+    /// What both sides agreed to speak.
+    pub fn protocol(&self) -> Option<&[u8]> {
+        let Stream::Tls(stream) = &self.stream else { panic!("no TLS, no agreement") };
+        stream.conn.alpn_protocol()
+    }
+
     /// The certificate that the server showed.
     pub fn certificate(&self) -> Vec<u8> {
         let Stream::Tls(stream) = &self.stream else { panic!("no TLS, no certificate") };
@@ -178,6 +189,20 @@ impl Client {
         while !self.unread.windows(what.len()).any(|window| window == what.as_bytes()) {
             assert!(matches!(self.more(), More::Some), "the connection ended before {what:?}: {:?}", self.seen());
         }
+        self
+    }
+
+    /// Reads until `what` has come so many times.
+    pub fn until_times(&mut self, what: &str, times: usize) -> &mut Self {
+        while self.seen().matches(what).count() < times {
+            assert!(matches!(self.more(), More::Some), "the connection ended before {what:?}: {:?}", self.seen());
+        }
+        self
+    }
+
+    /// Forgets what has come.
+    pub fn forget(&mut self) -> &mut Self {
+        self.unread.clear();
         self
     }
 

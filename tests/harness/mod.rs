@@ -1,10 +1,13 @@
 //! Verbs that the tests are written in.
 #![allow(dead_code)]
 
+pub mod alone;
 pub mod client;
 pub mod daemon;
 pub mod engine;
 pub mod front;
+pub mod hpack;
+pub mod http2;
 pub mod hub;
 pub mod pki;
 pub mod processes;
