@@ -19,6 +19,7 @@ mod framing;
 pub mod fuzzing;
 mod headers;
 mod line;
+mod loads;
 mod metrics;
 pub mod peek;
 mod routes;
