@@ -10,6 +10,7 @@ use sglangd::proxy::Timings;
 use crate::harness::client::{Client, post};
 use crate::harness::engine::{Engine, json};
 use crate::harness::front::{Front, eventually, settings, view};
+use crate::harness::scene::{SOON, got, number_at, quick, stream_of};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -189,4 +190,30 @@ fn a_hung_engine_holds_nobody_back_for_long() {
     front.proxy.settings(sglangd::link::ProxySettings { sizing: SizedBy::Engine, ..settings() }).unwrap();
     front.proxy.engine(view(EngineState::Ready, Some(engine.addr)));
     assert_eq!(Client::ask(front.addr, post(CHAT, "{}")).status, 200);
+}
+
+#[tokio::test]
+async fn the_engines_own_figures_are_in_status_and_bound_what_it_gets() {
+    let setup = quick("").set("limits.max", "8").engine_flag("--max-running-requests").engine_flag("2");
+    let mut daemon = setup.start();
+    daemon.is_ready(SOON).await;
+    let ask = |_| {
+        let mut client = Client::connect(daemon.public());
+        client.send(stream_of(20_000));
+        client
+    };
+    let streams: Vec<Client> = (0..8).map(ask).collect();
+    // Two of eight are computed; two more may stand in the engine's own line, the next ones here.
+    let requests = daemon
+        .until("the room follows the engine", SOON, async |daemon| {
+            let status = daemon.status().await?;
+            (number_at(&status, "/requests/room") == 4).then(|| status["requests"].clone())
+        })
+        .await;
+    assert_eq!((number_at(&requests, "/engine/running"), number_at(&requests, "/max")), (2, 8), "{requests}");
+    assert!(number_at(&requests, "/engine/waiting") > 0, "{requests}");
+    let page = got(daemon.admin(), "/metrics").text();
+    assert!(page.contains("\nsglangd_requests_room 4\n") && page.contains("\nsglangd_engine_requests_running 2\n"));
+    drop(streams);
+    daemon.stops_clean(SOON).await;
 }
