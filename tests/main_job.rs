@@ -135,8 +135,14 @@ async fn from_the_first_moment_the_public_port_tells_how_far_it_is() {
         assert_eq!(got(addr, path).status, 503, "{path}");
     }
     assert_eq!(got(addr, "/live").status, 200, "a load is no death");
-    let refused = Client::ask(addr, stream_of(4));
-    assert_eq!((refused.status, refused.code().as_str()), (503, "engine_loading"));
+    // The proxy hears of it a moment after the status page does.
+    let refused = daemon
+        .until("a refusal that says loading", SOON, async |_| {
+            let refused = Client::ask(addr, stream_of(4));
+            assert_eq!(refused.status, 503);
+            (refused.code() == "engine_loading").then_some(refused)
+        })
+        .await;
     assert!(refused.header("retry-after").unwrap().parse::<u64>().unwrap() >= 1);
     assert!(refused.header("x-request-id").is_some());
     let told = refused.json();

@@ -3,6 +3,7 @@
 use sglangd::link::{Down, EngineState, ProxySettings, Traffic, Up, pair, split};
 use sglangd::proxy::linked;
 
+use crate::harness::alone::Process;
 use crate::harness::client::{Client, End, get, post, post_with};
 use crate::harness::engine::{Engine, json};
 use crate::harness::front::{eventually, keys_file, settings, view};
@@ -57,41 +58,10 @@ fn a_linked_proxy_says_hello_reports_traffic_and_ends_with_the_link() {
     std::net::TcpListener::bind(addr).expect("the address is free for the next sglangd");
 }
 
-/// `sglangd proxy` as a process; killed at the test's end.
-struct Process(std::process::Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Process {
-    fn start(args: &[&str]) -> Self {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_sglangd"));
-        Self(command.arg("proxy").args(args).spawn().unwrap())
-    }
-
-    /// The data plane alone, on a port of the kernel's choice that was free a moment ago.
-    fn alone(engine: &Engine, more: &[&str]) -> (Self, std::net::SocketAddr) {
-        let addr = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let (listen, upstream) = (addr.to_string(), format!("http://{}", engine.addr));
-        let process = Self::start(&[&["--listen", &listen, "--upstream", &upstream], more].concat());
-        eventually("the proxy listens", || std::net::TcpStream::connect(addr).is_ok());
-        (process, addr)
-    }
-
-    fn signal(&self, signal: nix::sys::signal::Signal) {
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.0.id()).unwrap());
-        nix::sys::signal::kill(pid, signal).unwrap();
-    }
-}
-
 #[test]
 fn the_data_plane_alone_drains_at_sigterm() {
     let (engine, release) = Engine::held();
-    let (mut process, addr) = Process::alone(&engine, &["--set", "limits.max=2"]);
+    let (mut process, addr) = Process::alone(engine.addr, &["--set", "limits.max=2"]);
     let mut open = Client::connect(addr);
     open.send(post(CHAT, "{}"));
     eventually("the request is with the engine", || engine.requests() == 1);
@@ -113,7 +83,7 @@ fn f07_the_data_plane_alone_takes_new_keys_and_limits_at_sighup_and_nothing_that
         std::fs::write(config.path(), text).unwrap();
     };
     write("");
-    let (process, addr) = Process::alone(&engine, &["--config", config.path().to_str().unwrap()]);
+    let (process, addr) = Process::alone(engine.addr, &["--config", config.path().to_str().unwrap()]);
     let asked =
         |key: &str, body: &str| Client::ask(addr, post_with(CHAT, &format!("X-Api-Key: {key}\r\n"), body)).status;
     assert_eq!(asked("k1", "{}"), 200);
@@ -131,7 +101,7 @@ fn f07_the_data_plane_alone_takes_new_keys_and_limits_at_sighup_and_nothing_that
 #[test]
 fn a_second_signal_ends_the_data_plane_at_once() {
     let (engine, _release) = Engine::held();
-    let (mut process, addr) = Process::alone(&engine, &[]);
+    let (mut process, addr) = Process::alone(engine.addr, &[]);
     let mut open = Client::connect(addr);
     open.send(post(CHAT, "{}"));
     eventually("the request is with the engine", || engine.requests() == 1);
@@ -149,7 +119,7 @@ fn streams_that_outlast_the_grace_are_cut_with_an_error_event() {
         connection.send(crate::harness::engine::chunk("data: one\n\n"));
         connection.until_closed();
     });
-    let (mut process, addr) = Process::alone(&engine, &["--grace", "1"]);
+    let (mut process, addr) = Process::alone(engine.addr, &["--grace", "1"]);
     let mut open = Client::connect(addr);
     open.send(post(CHAT, "{}")).until("data: one\n\n");
     process.signal(nix::sys::signal::Signal::SIGTERM);

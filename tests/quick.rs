@@ -6,6 +6,8 @@ mod harness;
 
 mod architecture;
 mod config_faults;
+mod connection_faults;
+mod direct_streams;
 mod engine_away;
 mod engine_faults;
 mod http_faults;

@@ -13,6 +13,7 @@ mod answer;
 mod auth;
 mod call;
 mod control;
+mod direct;
 mod error;
 mod framing;
 #[cfg(fuzzing)]

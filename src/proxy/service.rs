@@ -20,6 +20,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::answer::{Answer, Early, Work, head};
 use super::call::Call;
+use super::direct::{self, Leave};
 use super::error::{Refusal, keep_alive};
 use super::headers::{self, BodyFraming, Credentials, Said};
 use super::line::{Ahead, Line, Upload};
@@ -69,6 +70,7 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
     let counters = &peer.worker.counters;
     counters.last_request.store(peer.worker.stamp(now), Relaxed);
     let (parts, body) = request.into_parts();
+    let leave = Leave::after(&parts);
     let id = headers::request_id(&parts);
     let mut label = Label::REFUSED;
     let outcome = match triage(&peer, &parts, &mut label) {
@@ -89,7 +91,10 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
     };
     counters.answered(label, response.status());
     response.headers_mut().insert("x-request-id", id);
-    Ok(response)
+    Ok(match leave.with(&response) {
+        Leave::Yes => direct::leave(&peer.line, response).await,
+        Leave::No => response,
+    })
 }
 
 /// Where a request goes, by its head alone.

@@ -119,6 +119,11 @@ impl Tap {
         }
     }
 
+    /// Whether all that was read belongs to requests that are over.
+    pub fn is_between_requests(&self) -> bool {
+        self.checker.between_requests() && self.stopped == Stopped::No
+    }
+
     /// Whether nothing has ever come.
     fn is_fresh(&self) -> bool {
         self.held.is_empty() && self.checker.between_requests() && !self.wire.was_asked()

@@ -13,6 +13,9 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
+use http::Response;
+
+use super::answer::Answer;
 use super::framing::Violation;
 use super::transport::counts::Turned;
 use super::transport::socket::Socket;
@@ -72,6 +75,8 @@ pub struct Wire {
     ended: Cell<bool>,
     /// A request has come.
     asked: Cell<bool>,
+    /// An answer that is not for hyper to write.
+    handed_over: Cell<Option<Box<Response<Answer>>>>,
     /// It is no HTTP that comes.
     turned: Cell<Option<Turned>>,
 }
@@ -101,6 +106,7 @@ impl Wire {
             leaving: RefCell::new(None),
             ended: Cell::new(false),
             asked: Cell::new(false),
+            handed_over: Cell::new(None),
             turned: Cell::new(None),
         })
     }
@@ -208,6 +214,15 @@ impl Wire {
 
     pub fn ask(&self) {
         self.asked.set(true);
+    }
+
+    /// For whoever drives the connection: see [`super::direct`].
+    pub fn hand_over(&self, response: Response<Answer>) {
+        self.handed_over.set(Some(Box::new(response)));
+    }
+
+    pub fn handed_over(&self) -> Option<Box<Response<Answer>>> {
+        self.handed_over.take()
     }
 
     /// Whether a request ever came.

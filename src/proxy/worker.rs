@@ -8,20 +8,22 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::{Future as _, poll_fn};
 use std::io;
-use std::pin::pin;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::task::Waker;
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use http::Request;
+use http::{Request, Response};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::task::{spawn_local, yield_now};
 use tokio::time::{Instant, sleep};
 
+use super::answer::Answer;
+use super::direct;
 use super::framing::MAX_HEAD;
 use super::line::{Line, Upload};
 use super::loads;
@@ -29,7 +31,7 @@ use super::metrics::Counters;
 use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
 use super::tap::Tap;
-use super::transport::arrival::{Arrived, Greeting, Handshakes, TlsIs};
+use super::transport::arrival::{Arrived, Greeting, Handshakes};
 use super::transport::listener::{Accepting, Listener};
 use super::transport::socket::Socket;
 use super::upstream::Pool;
@@ -72,7 +74,7 @@ impl Worker {
             counters,
             pool: Rc::default(),
             http,
-            greeting: RefCell::new(Greeting::None),
+            greeting: RefCell::new(Greeting::NONE),
             handshakes: Handshakes::default(),
             mode: RefCell::new(Mode::Serving),
             connections: RefCell::default(),
@@ -101,8 +103,7 @@ impl Worker {
         if upstream.is_none() {
             self.pool.clear();
         }
-        let tls = if snapshot.settings.listen.tls.is_some() { TlsIs::On } else { TlsIs::Off };
-        self.greeting.replace(Greeting::new(tls, snapshot.identity.as_deref()));
+        self.greeting.replace(Greeting::new(&snapshot.settings.listen, snapshot.identity.as_deref()));
         if *self.mode.borrow() != snapshot.mode {
             self.mode.borrow_mut().clone_from(&snapshot.mode);
             self.connections.borrow().values().for_each(Waker::wake_by_ref);
@@ -141,9 +142,9 @@ async fn accept(worker: Rc<Worker>, listener: Accepting) {
                 let worker = Rc::clone(&worker);
                 let greeting = match &socket {
                     Socket::Tcp(_) => worker.greeting.borrow().clone(),
-                    Socket::Unix(_) => Greeting::None,
+                    Socket::Unix(_) => Greeting::NONE,
                 };
-                if let Greeting::None = greeting {
+                if greeting.is_none() {
                     let wire = Wire::plain(Rc::new(socket));
                     spawn_local(converse(worker, Arrived { wire, address }));
                 } else {
@@ -198,36 +199,65 @@ enum Farewell {
     Said,
 }
 
+/// What a connection has come to under hyper.
+enum Turn {
+    Over(hyper::Result<()>),
+    /// An answer is to be written by hand: see [`super::direct`].
+    Direct(Box<Response<Answer>>),
+}
+
 async fn converse(worker: Rc<Worker>, arrived: Arrived) {
     let Arrived { wire: client, address } = arrived;
     {
-        let tap = Tap::new(Rc::clone(&client), worker.shared.timings.client);
         let peer = Rc::new(Peer {
             worker: Rc::clone(&worker),
             line: Line::Http1(Rc::clone(&client)),
             address,
             scheme: client.scheme(),
         });
-        let service =
-            service_fn(move |request| service::answer(Rc::clone(&peer), Request::map(request, Upload::Http1)));
-        let mut connection = pin!(worker.http.serve_connection(tap, service));
+        let mut tap = Tap::new(Rc::clone(&client), worker.shared.timings.client);
         let mut registered = None;
         // Who connects during a drain is answered; only what was open before is let go.
         let mut farewell = if worker.is_serving() { Farewell::Due } else { Farewell::Said };
-        let outcome = poll_fn(|cx| {
-            registered.get_or_insert_with(|| Registered::new(&worker, cx.waker()));
-            if farewell == Farewell::Due && !worker.is_serving() {
-                farewell = Farewell::Said;
-                // A client's first request may be on its way: it gets its refusal in words.
-                if client.was_asked() {
-                    connection.as_mut().graceful_shutdown();
+        loop {
+            let peer = Rc::clone(&peer);
+            let service =
+                service_fn(move |request| service::answer(Rc::clone(&peer), Request::map(request, Upload::Http1)));
+            let mut connection = worker.http.serve_connection(tap, service);
+            let turn = poll_fn(|cx| {
+                registered.get_or_insert_with(|| Registered::new(&worker, cx.waker()));
+                if farewell == Farewell::Due && !worker.is_serving() {
+                    farewell = Farewell::Said;
+                    // A client's first request may be on its way: it gets its refusal in words.
+                    if client.was_asked() {
+                        Pin::new(&mut connection).graceful_shutdown();
+                    }
                 }
+                match Pin::new(&mut connection).poll(cx) {
+                    Poll::Ready(outcome) => Poll::Ready(Turn::Over(outcome)),
+                    Poll::Pending => {
+                        client.handed_over().map_or(Poll::Pending, |answer| Poll::Ready(Turn::Direct(answer)))
+                    }
+                }
+            })
+            .await;
+            let response = match turn {
+                Turn::Over(Ok(())) => break,
+                Turn::Over(Err(error)) => {
+                    tracing::debug!(%error, "a connection ended early");
+                    break;
+                }
+                Turn::Direct(response) => response,
+            };
+            let http1::Parts { io, read_buf, .. } = connection.into_parts();
+            tap = io;
+            if let Err(error) = direct::write(&mut tap, &client, *response).await {
+                tracing::debug!(%error, "a stream ended early");
+                break;
             }
-            connection.as_mut().poll(cx)
-        })
-        .await;
-        if let Err(error) = outcome {
-            tracing::debug!(%error, "a connection ended early");
+            if !worker.is_serving() || !read_buf.is_empty() || !tap.is_between_requests() {
+                break;
+            }
         }
     }
     if let Some(why) = client.turned() {

@@ -181,6 +181,20 @@ impl Client {
         self
     }
 
+    /// Reads until `what` has come so many times.
+    pub fn until_times(&mut self, what: &str, times: usize) -> &mut Self {
+        while self.seen().matches(what).count() < times {
+            assert!(matches!(self.more(), More::Some), "the connection ended before {what:?}: {:?}", self.seen());
+        }
+        self
+    }
+
+    /// Forgets what has come.
+    pub fn forget(&mut self) -> &mut Self {
+        self.unread.clear();
+        self
+    }
+
     /// Writes until nothing more is taken.
     pub fn send_what_fits(&mut self) {
         self.stream.socket().set_write_timeout(Some(Duration::from_millis(200))).unwrap();

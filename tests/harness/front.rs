@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sglangd::keys::hashed;
 use sglangd::link::{EngineState, EngineView, ListenSettings, ProxySettings, SizedBy, Upstream};
-use sglangd::proxy::{Proxy, Supervision, Timings};
+use sglangd::proxy::{Listener, Proxy, Supervision, Timings};
 
 use super::engine::Engine;
 
@@ -51,6 +51,15 @@ impl Front {
         let mut proxy = Proxy::new(timings, Supervision::Alone);
         proxy.listen(vec![listener.into()]).unwrap();
         Self { addr, proxy }
+    }
+
+    /// On these listeners, whose addresses the test knows.
+    pub fn on(engine: &Engine, listeners: Vec<Listener>) -> Self {
+        let mut proxy = Proxy::new(Timings::default(), Supervision::Alone);
+        proxy.settings(settings()).unwrap();
+        proxy.engine(view(EngineState::Ready, Some(engine.addr)));
+        proxy.listen(listeners).unwrap();
+        Self { addr: SocketAddr::from(([0, 0, 0, 0], 0)), proxy }
     }
 
     pub fn with(engine: &Engine, settings: ProxySettings, timings: Timings) -> Self {

@@ -1,6 +1,7 @@
 //! Verbs that the tests are written in.
 #![allow(dead_code)]
 
+pub mod alone;
 pub mod client;
 pub mod daemon;
 pub mod engine;

@@ -65,6 +65,13 @@ pub enum Next {
     Breaks(Bytes, Interrupted),
 }
 
+impl Answer {
+    /// Whether the engine sends it piece by piece, to an end that nobody knows yet.
+    pub fn is_endless(&self) -> bool {
+        matches!(self, Self::Engine(relay) if relay.is_stream())
+    }
+}
+
 impl Body for Answer {
     type Data = Bytes;
     type Error = Interrupted;

@@ -132,6 +132,11 @@ impl Relay {
         &self.call
     }
 
+    /// Whether it is read event by event.
+    pub fn is_stream(&self) -> bool {
+        self.shape == Shape::Stream
+    }
+
     pub fn is_complete(&self) -> bool {
         self.course == Course::Complete
     }
@@ -233,7 +238,7 @@ impl Relay {
             if events > 0 {
                 let series = worker.counters.told.series(self.call.label);
                 match self.last_event.replace(self.heard) {
-                    None => series.first(self.heard - self.call.arrived),
+                    None => series.first(self.heard - self.call.arrived, events - 1),
                     Some(before) => series.later(self.heard - before, events - 1),
                 }
             }

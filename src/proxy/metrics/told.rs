@@ -61,9 +61,10 @@ impl Default for Series {
 }
 
 impl Series {
-    /// The first event, so long after the request came.
-    pub fn first(&self, took: Duration) {
+    /// The first event, so long after the request came, and `more` that came in one piece with it.
+    pub fn first(&self, took: Duration, more: u64) {
         self.first.observe(took);
+        self.gaps.observe_none(more);
     }
 
     /// An event so long after the one before it, and `more` that came in one piece with it.
@@ -184,7 +185,7 @@ mod tests {
             scanner.scan(b"data: {\"finish_reason\":\"stop\",\"prompt_tokens\":4,\"completion_tokens\":7}\n\n");
         for worker in &workers {
             let series = worker.told.series(label(1));
-            series.first(Duration::from_millis(40));
+            series.first(Duration::from_millis(40), 0);
             series.later(Duration::from_millis(12), 2);
             series.over(scanner.facts(), events);
         }
