@@ -50,6 +50,8 @@ struct Plan {
     fetch: FetchView,
     engine: EngineView,
     listen: BTreeMap<&'static str, String>,
+    /// What clients may speak on the public port.
+    spoken: &'static str,
     limits: BTreeMap<&'static str, String>,
     folders: BTreeMap<&'static str, PathBuf>,
     /// Who said each value, and who lost.
@@ -281,6 +283,7 @@ fn plan(
         fetch,
         engine: engine_view(&spec, source, folders, own),
         listen: listen_view(config),
+        spoken: config.listen.spoken(),
         limits: BTreeMap::from([
             ("max", config.limits.max.to_string()),
             ("target", config.limits.target.to_string()),
@@ -370,6 +373,7 @@ fn write_text(plan: &Plan, out: &mut String) -> std::fmt::Result {
         let what = if *name == "unix" { "socket" } else { "port" };
         writeln!(out, "  {:<15}{address}", format!("{name} {what}"))?;
     }
+    writeln!(out, "  spoken         {}", plan.spoken)?;
     for (name, folder) in &plan.folders {
         writeln!(out, "  {:<15}{}", format!("{name} folder"), folder.display())?;
     }

@@ -54,6 +54,7 @@ pub const KEYS: &[Key] = &[
     scalar("listen.unix_mode", "0660", "a mode in octal digits, like 0660"),
     scalar("listen.proxy_protocol", "off", "`off` or `require`"),
     scalar("listen.admin", "127.0.0.1:8001", "ADDRESS:PORT"),
+    scalar("listen.http2", "on", "`on` or `off`"),
     unset("listen.tls.cert", "a PEM file: the certificate and those that lead to its authority"),
     unset("listen.tls.key", "a PEM file: the certificate's private key"),
     scalar("listen.tls.strict", "false", "`true` or `false`"),

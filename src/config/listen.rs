@@ -6,7 +6,7 @@ use super::Listen;
 use super::build::Builder;
 use super::error::Mistake;
 use super::source::SourceKind;
-use crate::link::{Expired, ProxyProtocol, TlsFiles};
+use crate::link::{Expired, Http2, ProxyProtocol, TlsFiles};
 
 impl Builder<'_> {
     pub(super) fn listen(&mut self) -> Listen {
@@ -17,6 +17,7 @@ impl Builder<'_> {
             proxy_protocol: self
                 .choice("listen.proxy_protocol", &[("off", ProxyProtocol::Off), ("require", ProxyProtocol::Require)]),
             admin: self.address("listen.admin"),
+            http2: self.choice("listen.http2", &[("on", Http2::On), ("off", Http2::Off)]),
             tls: self.tls(),
         }
     }

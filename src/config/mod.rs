@@ -29,7 +29,7 @@ pub use layers::is_negative_number;
 pub use load::{Loaded, Lost, Needs, Origin, SHIPPED, Sources, User, WhenMissing, flag_text, load};
 pub use source::{MAX_FILE, Place};
 
-use crate::link::{ListenSettings, ProxyProtocol, TlsFiles};
+use crate::link::{Http2, ListenSettings, ProxyProtocol, TlsFiles};
 
 /// Everything sglangd was told, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -143,8 +143,19 @@ pub struct Listen {
     pub proxy_protocol: ProxyProtocol,
     /// Status and metrics.
     pub admin: SocketAddr,
+    pub http2: Http2,
     /// None: plain HTTP.
     pub tls: Option<TlsFiles>,
+}
+
+impl Listen {
+    /// What clients may speak on the public port, in words.
+    pub fn spoken(&self) -> &'static str {
+        match self.http2 {
+            Http2::On => "HTTP/1.1 and HTTP/2",
+            Http2::Off => "HTTP/1.1",
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -284,7 +295,11 @@ impl From<&Config> for crate::link::ProxySettings {
             max_body: config.limits.max_body,
             keys_file: config.auth.keys_file.clone(),
             workers: config.limits.workers.unwrap_or(cores),
-            listen: ListenSettings { tls: config.listen.tls.clone(), proxy_protocol: config.listen.proxy_protocol },
+            listen: ListenSettings {
+                tls: config.listen.tls.clone(),
+                proxy_protocol: config.listen.proxy_protocol,
+                http2: config.listen.http2,
+            },
         }
     }
 }

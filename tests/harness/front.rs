@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sglangd::keys::hashed;
 use sglangd::link::{EngineState, EngineView, ListenSettings, ProxySettings, SizedBy, Upstream};
-use sglangd::proxy::{Listener, Proxy, Supervision, Timings};
+use sglangd::proxy::{Listener, Patience, Proxy, Supervision, Timings};
 
 use super::engine::Engine;
 
@@ -93,6 +93,13 @@ impl Front {
         let page = self.proxy.metrics();
         page.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(' ')?.parse().ok())
     }
+}
+
+/// Ordinary timings but for how patient the proxy is with clients.
+pub fn patience(change: impl FnOnce(&mut Patience)) -> Timings {
+    let mut timings = Timings::default();
+    change(&mut timings.client);
+    timings
 }
 
 /// A keys file of lines such as `("ci", "secret", "weight=2")`: a name, a key, what it is granted.

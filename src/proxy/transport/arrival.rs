@@ -18,11 +18,11 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::counts::Turned;
-use super::identity::Identity;
+use super::identity::{ALPN_HTTP2, Identity};
 use super::proxy_header;
 use super::socket::Socket;
 use super::tls::Tls;
-use crate::link::{ListenSettings, ProxyProtocol};
+use crate::link::{Http2, ListenSettings, ProxyProtocol};
 use crate::proxy::state::Shared;
 use crate::proxy::wire::{self, Wire};
 
@@ -47,6 +47,11 @@ impl Greeting {
     pub fn new(settings: &ListenSettings, identity: Option<&Identity>) -> Self {
         let tls = match (&settings.tls, identity) {
             (None, _) => Encryption::None,
+            (Some(_), Some(identity)) if settings.http2 == Http2::Off => {
+                let mut config = ServerConfig::clone(&identity.config);
+                config.alpn_protocols.retain(|name| name != ALPN_HTTP2);
+                Encryption::Tls(Arc::new(config))
+            }
             (Some(_), Some(identity)) => Encryption::Tls(Arc::clone(&identity.config)),
             (Some(_), None) => Encryption::NoCertificate,
         };
