@@ -146,6 +146,8 @@ impl Facts<'_> {
                 max: self.config.limits.max,
                 target: self.config.limits.target,
                 served: self.half.traffic.served,
+                room: self.half.traffic.room,
+                engine: self.half.traffic.engine,
             },
             proxy: ProxyStatus { pid: self.half.pid, restarts: self.half.restarts },
             weights: self.weights.cloned(),
