@@ -20,4 +20,5 @@ mod signal_faults;
 mod simulated_engine;
 mod stream_faults;
 mod tls_faults;
+mod websocket_faults;
 mod weights_faults;

@@ -276,7 +276,7 @@ mod tests {
                     .into(),
                 ..EngineStatus::default()
             },
-            requests: Requests { in_flight: 1, queued: 2, max: 32, target: 10, served: 7 },
+            requests: Requests { in_flight: 1, queued: 2, max: 32, target: 10, served: 7, websockets: 0 },
             proxy: ProxyStatus { pid: Some(40), restarts: 0 },
             weights: Some(WeightsStatus { done: 1_500_000_000, total: 3_000_000_000, rate: 500, ..Default::default() }),
             listen: Listening { public: "0.0.0.0:8000".into(), admin: "127.0.0.1:8001".into(), ..Listening::default() },

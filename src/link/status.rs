@@ -88,6 +88,9 @@ pub struct Requests {
     pub target: usize,
     /// Answered by the engine since the proxy's start.
     pub served: u64,
+    /// Of those in flight: open WebSockets.
+    #[serde(default)]
+    pub websockets: usize,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

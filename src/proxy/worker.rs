@@ -34,6 +34,7 @@ use super::transport::arrival::{Arrived, Greeting, Handshakes, TlsIs};
 use super::transport::listener::{Accepting, Listener};
 use super::transport::socket::Socket;
 use super::upstream::Pool;
+use super::websocket;
 use super::wire::Wire;
 
 /// After a failed accept (no descriptors): long enough to let some connection end.
@@ -93,7 +94,7 @@ impl Worker {
         self.shared.stamp(at)
     }
 
-    fn is_serving(&self) -> bool {
+    pub fn is_serving(&self) -> bool {
         *self.mode.borrow() == Mode::Serving
     }
 
@@ -248,6 +249,11 @@ async fn converse(worker: Rc<Worker>, arrived: Arrived) {
             };
             let http1::Parts { io, read_buf, .. } = connection.into_parts();
             tap = io;
+            if let Answer::Tunnel(_) = response.body() {
+                let unread = [&read_buf[..], &tap.into_unread()].concat();
+                Box::pin(websocket::carry(&client, *response, unread)).await;
+                break;
+            }
             if let Err(error) = direct::write(&mut tap, &client, *response).await {
                 tracing::debug!(%error, "a stream ended early");
                 break;

@@ -146,6 +146,7 @@ impl Facts<'_> {
                 max: self.config.limits.max,
                 target: self.config.limits.target,
                 served: self.half.traffic.served,
+                websockets: self.half.traffic.websockets,
             },
             proxy: ProxyStatus { pid: self.half.pid, restarts: self.half.restarts },
             weights: self.weights.cloned(),

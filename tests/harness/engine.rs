@@ -155,6 +155,12 @@ impl Connection {
         Some(head)
     }
 
+    /// The next so many bytes; fewer when the proxy closes first.
+    pub fn take(&mut self, count: usize) -> Vec<u8> {
+        while self.unread.len() < count && self.more() > 0 {}
+        self.unread.drain(..count.min(self.unread.len())).collect()
+    }
+
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
         // A proxy that has gone is what some scripts are for.
         if self.stream.write_all(bytes.as_ref()).is_err() {
