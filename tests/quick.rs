@@ -6,9 +6,13 @@ mod harness;
 
 mod architecture;
 mod config_faults;
+mod connection_faults;
 mod direct_streams;
 mod engine_away;
 mod engine_faults;
+mod http2_faults;
+mod http2_rules;
+mod http2_traffic;
 mod http_faults;
 mod keys_faults;
 mod limits_faults;

@@ -22,7 +22,7 @@ use crate::harness::scene::{SOON, quick, stream_of};
 const CHAT: &str = "/v1/chat/completions";
 
 fn with(files: TlsFiles) -> ProxySettings {
-    ProxySettings { listen: ListenSettings { tls: Some(files) }, ..settings() }
+    ProxySettings { listen: ListenSettings { tls: Some(files), ..ListenSettings::default() }, ..settings() }
 }
 
 fn front(engine: &Engine, files: &Folder) -> Front {

@@ -11,6 +11,7 @@ pub mod keys;
 pub mod plan;
 pub mod probe;
 pub mod proxy;
+mod public_socket;
 pub mod serve;
 pub mod simulate;
 pub mod status;
@@ -94,7 +95,7 @@ pub struct DaemonArgs {
     pub config: ConfigArgs,
     #[command(flatten)]
     pub folders: FolderArgs,
-    /// Where clients connect; the same as `--set listen.public=ADDR`.
+    /// Where clients connect; the same as `--set listen.public=ADDR`. `unix:PATH`: a Unix socket alone.
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<String>,
     /// Status and metrics; the same as `--set listen.admin=ADDR`.
@@ -109,7 +110,13 @@ impl DaemonArgs {
     pub fn sources(&self, missing: WhenMissing) -> Sources {
         let mut sources = self.config.sources(missing);
         sources.engine_flags.clone_from(&self.engine_flags);
-        sources.set.extend(self.listen.iter().map(|address| format!("listen.public={address}")));
+        match self.listen.as_deref().map(|address| (address, address.strip_prefix("unix:"))) {
+            Some((_, Some(path))) => {
+                sources.set.extend(["listen.public=off".to_owned(), format!("listen.unix={path}")]);
+            }
+            Some((address, None)) => sources.set.push(format!("listen.public={address}")),
+            None => {}
+        }
         sources.set.extend(self.admin.iter().map(|address| format!("listen.admin={address}")));
         sources
     }

@@ -19,6 +19,7 @@ use crate::engine::argv::{LaunchSpec, Placement, env_changes, launch_spec, shown
 use crate::engine::env;
 use crate::engine::inspect::{Answer, How, TableSource, check, installed_table};
 use crate::engine::resolve::{Resolved, resolve};
+use crate::link::ProxyProtocol;
 use crate::supervisor::acquire;
 use crate::weights::{self, PlannedRepo, Settings};
 
@@ -49,6 +50,8 @@ struct Plan {
     fetch: FetchView,
     engine: EngineView,
     listen: BTreeMap<&'static str, String>,
+    /// What clients may speak on the public port.
+    spoken: &'static str,
     limits: BTreeMap<&'static str, String>,
     folders: BTreeMap<&'static str, PathBuf>,
     /// Who said each value, and who lost.
@@ -279,10 +282,8 @@ fn plan(
         model: ModelView { name: config.model.name.clone(), repo, revision, path },
         fetch,
         engine: engine_view(&spec, source, folders, own),
-        listen: BTreeMap::from([
-            ("public", config.listen.public.to_string()),
-            ("admin", config.listen.admin.to_string()),
-        ]),
+        listen: listen_view(config),
+        spoken: config.listen.spoken(),
         limits: BTreeMap::from([
             ("max", config.limits.max.to_string()),
             ("target", config.limits.target.to_string()),
@@ -298,6 +299,20 @@ fn plan(
         check: None,
     };
     (plan, spec)
+}
+
+fn listen_view(config: &Config) -> BTreeMap<&'static str, String> {
+    let listen = &config.listen;
+    let public = listen.public.map(|address| {
+        let tls = if listen.tls.is_some() { ", TLS" } else { "" };
+        let header = match listen.proxy_protocol {
+            ProxyProtocol::Off => "",
+            ProxyProtocol::Require => ", behind the PROXY protocol",
+        };
+        ("public", format!("{address}{tls}{header}"))
+    });
+    let unix = listen.unix.as_ref().map(|path| ("unix", format!("{} (mode {:04o})", path.display(), listen.unix_mode)));
+    [("admin", listen.admin.to_string())].into_iter().chain(public).chain(unix).collect()
 }
 
 fn engine_view(spec: &LaunchSpec, source: &TableSource, folders: &Folders, own: &env::Env) -> EngineView {
@@ -355,8 +370,10 @@ fn write_text(plan: &Plan, out: &mut String) -> std::fmt::Result {
         FetchView::Unknown { reason } => writeln!(out, "  fetch          what is missing: {reason}")?,
     }
     for (name, address) in &plan.listen {
-        writeln!(out, "  {:<15}{address}", format!("{name} port"))?;
+        let what = if *name == "unix" { "socket" } else { "port" };
+        writeln!(out, "  {:<15}{address}", format!("{name} {what}"))?;
     }
+    writeln!(out, "  spoken         {}", plan.spoken)?;
     for (name, folder) in &plan.folders {
         writeln!(out, "  {:<15}{}", format!("{name} folder"), folder.display())?;
     }

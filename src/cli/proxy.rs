@@ -4,6 +4,7 @@ use std::io::IsTerminal as _;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs as _};
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -12,16 +13,17 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 use super::exit::Exit;
-use crate::config::{Color, LogFormat, Needs, Sources, WhenMissing, load};
+use super::public_socket;
+use crate::config::{Color, Config, LogFormat, Needs, Sources, WhenMissing, load};
 use crate::link::{EngineState, EngineView, ProxySettings, Upstream};
 use crate::proxy::{CERTIFICATE_LOOK, Listener, Proxy, Supervision, Timings, linked};
 use crate::sys::{fd, seccomp};
 
 #[derive(Debug, Args)]
 pub struct ProxyArgs {
-    /// Where clients connect.
-    #[arg(long, value_name = "ADDR", required_unless_present = "link_fd")]
-    pub listen: Option<SocketAddr>,
+    /// Where clients connect: ADDRESS:PORT or unix:PATH; may be repeated.
+    #[arg(long, value_name = "ADDR", required_unless_present = "link_fd", value_parser = place)]
+    pub listen: Vec<Place>,
     /// The engine, e.g. `http://127.0.0.1:30000`. Its health is not judged.
     #[arg(long, value_name = "URL", required_unless_present = "link_fd")]
     pub upstream: Option<String>,
@@ -36,6 +38,55 @@ pub struct ProxyArgs {
     /// A listener, inherited; may be repeated.
     #[arg(long, hide = true, value_name = "FD", requires = "link_fd")]
     pub listen_fd: Vec<RawFd>,
+}
+
+/// Where clients connect.
+#[derive(Debug, Clone)]
+pub enum Place {
+    Address(SocketAddr),
+    Unix(PathBuf),
+}
+
+fn place(text: &str) -> Result<Place, String> {
+    match text.strip_prefix("unix:") {
+        Some("") => Err("a path is missing behind `unix:`".to_owned()),
+        Some(path) => Ok(Place::Unix(path.into())),
+        None => text.parse().map(Place::Address).map_err(|_| "expected ADDRESS:PORT or unix:PATH".to_owned()),
+    }
+}
+
+/// Whether others than this machine may connect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    Machine,
+    Others,
+}
+
+struct Bound {
+    listener: Listener,
+    reach: Reach,
+    name: Option<public_socket::Name>,
+}
+
+fn bind(place: &Place, mode: u32) -> anyhow::Result<Bound> {
+    match place {
+        Place::Address(address) => {
+            let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+            // More than the standard library's 128: who finds a full backlog tries again after a second.
+            socket2::SockRef::from(&listener).listen(public_socket::BACKLOG)?;
+            let address = listener.local_addr()?;
+            tracing::info!(%address, "listening");
+            let reach = if address.ip().is_loopback() { Reach::Machine } else { Reach::Others };
+            Ok(Bound { listener: listener.into(), reach, name: None })
+        }
+        Place::Unix(path) => {
+            let path = std::path::absolute(path)?;
+            let (listener, name) =
+                public_socket::bind(&path, mode).map_err(|error| Wrong(Exit::Config, error.to_string()))?;
+            tracing::info!(path = %path.display(), "listening");
+            Ok(Bound { listener: listener.into(), reach: Reach::Machine, name: Some(name) })
+        }
+    }
 }
 
 #[allow(clippy::needless_pass_by_value)] // every subcommand has this shape
@@ -78,31 +129,27 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // Before anything can be connected to: a SIGTERM right after that must drain, not kill.
     let signals = runtime.block_on(async { Signals::new() })?;
-    let (settings, hold) = settings(&args.config)?;
-    let (Some(listen), Some(upstream)) = (args.listen, args.upstream.as_deref()) else {
-        bail!("--listen and --upstream are needed");
-    };
+    let (settings, config) = settings(&args.config)?;
+    let Some(upstream) = args.upstream.as_deref() else { bail!("--listen and --upstream are needed") };
     let upstream = upstream_address(upstream)?;
-    let listener = TcpListener::bind(listen).with_context(|| format!("cannot listen on {listen}"))?;
-    // More than the standard library's 128: who finds a full backlog tries again after a second.
-    socket2::SockRef::from(&listener).listen(BACKLOG)?;
-    let address = listener.local_addr()?;
-    let unguarded = settings.keys_file.is_none() && !address.ip().is_loopback();
+    let bound = args.listen.iter().map(|place| bind(place, config.listen.unix_mode)).collect::<Result<Vec<_>, _>>()?;
+    let exposed = settings.keys_file.is_none() && bound.iter().any(|bound| bound.reach == Reach::Others);
     let mut proxy = Proxy::new(Timings::default(), Supervision::Alone);
     proxy.settings(settings).map_err(|error| Wrong(Exit::Config, error.to_string()))?;
-    proxy.engine(EngineView { hold_ms: hold.as_millis() as u64, ..ready(upstream) });
-    proxy.listen(vec![listener.into()])?;
-    if unguarded {
-        tracing::warn!(%address, "everybody who reaches this address may use the engine: set auth.keys_file");
+    proxy.engine(EngineView { hold_ms: config.limits.hold.as_millis() as u64, ..ready(upstream) });
+    let (listeners, names): (Vec<_>, Vec<_>) = bound.into_iter().map(|bound| (bound.listener, bound.name)).unzip();
+    proxy.listen(listeners)?;
+    if exposed {
+        tracing::warn!(
+            "no key is asked for: everybody who reaches this address may use the engine; set auth.keys_file"
+        );
     }
-    tracing::info!(%address, engine = %upstream, "proxying");
+    tracing::info!(engine = %upstream, "proxying");
     runtime.block_on(until_stopped(&mut proxy, signals, Duration::from_secs(args.grace), &args.config));
     proxy.close();
+    drop(names);
     Ok(Exit::Ok)
 }
-
-/// Connections that wait to be accepted in a burst; the kernel cuts it to somaxconn.
-const BACKLOG: i32 = 4096;
 
 /// What the cut streams are given to reach their clients.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -210,7 +257,7 @@ fn upstream_address(url: &str) -> anyhow::Result<SocketAddr> {
 }
 
 /// The proxy's part of the configuration.
-fn settings(args: &super::ConfigArgs) -> anyhow::Result<(ProxySettings, Duration)> {
+fn settings(args: &super::ConfigArgs) -> anyhow::Result<(ProxySettings, Config)> {
     let sources = Sources { needs: Needs::ProxyOnly, ..args.sources(WhenMissing::BuiltIn) };
     let loaded = load(&sources).map_err(|error| {
         let color = if std::io::stderr().is_terminal() { Color::Terminal } else { Color::Plain };
@@ -220,5 +267,5 @@ fn settings(args: &super::ConfigArgs) -> anyhow::Result<(ProxySettings, Duration
         tracing::warn!("{warning}");
     }
     super::certificate::check(&loaded).map_err(|complaint| Wrong(Exit::Config, complaint))?;
-    Ok((ProxySettings::from(&loaded.config), loaded.config.limits.hold))
+    Ok((ProxySettings::from(&loaded.config), loaded.config))
 }

@@ -5,8 +5,9 @@ mod demo;
 
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
-use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
@@ -132,9 +133,16 @@ impl Supervisor {
         if let Err(error) = nix::sys::prctl::set_child_subreaper(true) {
             tracing::warn!("orphans of the engine will not come to us ({error}); they are found by their marks alone");
         }
-        let Bound { public, admin: admin_listener, admin_socket, socket_path, lock } = bound;
+        let Bound { public, unix, admin: admin_listener, admin_socket, socket_path, lock } = bound;
+        let (unix, unix_name) = unix.unzip();
+        let unix_path = loaded.config.listen.unix.clone();
+        let address = public.as_ref().map(TcpListener::local_addr).transpose()?;
         let listen = Listening {
-            public: public.local_addr()?.to_string(),
+            public: match (address, &unix_path) {
+                (Some(address), _) => address.to_string(),
+                (None, path) => format!("unix:{}", path.as_deref().unwrap_or(Path::new("")).display()),
+            },
+            unix: unix_path,
             tls: loaded.config.listen.tls.is_some(),
             admin: admin_listener.local_addr()?.to_string(),
             admin_socket: Some(socket_path.clone()),
@@ -146,7 +154,7 @@ impl Supervisor {
             own_env: sources.env.clone(),
             inspect_arguments,
             spawner,
-            listeners: Arc::new(vec![public]),
+            listeners: Arc::new(public.map(OwnedFd::from).into_iter().chain(unix.map(OwnedFd::from)).collect()),
             listen,
             guard,
             signals,
@@ -164,8 +172,9 @@ impl Supervisor {
         tokio::spawn(admin::serve_tcp(tokio::net::TcpListener::from_std(admin_listener)?, routes.clone()));
         tokio::spawn(admin::serve_unix(tokio::net::UnixListener::from_std(admin_socket)?, routes));
         let code = driver.run().await;
-        // The name goes before the lock: whoever comes next makes its own.
+        // The names go before the lock: whoever comes next makes its own.
         let _ = std::fs::remove_file(&socket_path);
+        drop(unix_name);
         drop(lock);
         Ok(exit_of(code))
     }
@@ -219,15 +228,22 @@ fn engine_is_possible(loaded: &Loaded, folders: &Folders, color: Color) -> Resul
 
 /// On standard output, for people: where everything is. A closed pipe is the reader's choice.
 fn greet(loaded: &Loaded, bound: &Bound) {
-    let address = bound.public.local_addr().ok().map(reachable);
-    let admin = bound.admin.local_addr().ok();
-    let (Some(address), Some(admin)) = (address, admin) else { return };
-    let model = &loaded.config.model.name;
-    let scheme = if loaded.config.listen.tls.is_some() { "https" } else { "http" };
+    let address = bound.public.as_ref().and_then(|public| public.local_addr().ok()).map(reachable);
+    let Ok(admin) = bound.admin.local_addr() else { return };
+    let (model, listen) = (&loaded.config.model.name, &loaded.config.listen);
+    let scheme = if listen.tls.is_some() { "https" } else { "http" };
+    let (place, curl) = match (address, &listen.unix) {
+        (Some(address), _) => (format!("{scheme}://{address}"), format!("{scheme}://{address}")),
+        (None, Some(unix)) => {
+            let path = unix.display();
+            (format!("unix:{path}"), format!("--unix-socket {path} http://localhost"))
+        }
+        (None, None) => return,
+    };
     let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "sglangd {} serves {model} on {scheme}://{address}", env!("CARGO_PKG_VERSION"));
+    let _ = writeln!(out, "sglangd {} serves {model} on {place}", env!("CARGO_PKG_VERSION"));
     let _ = writeln!(out);
-    let _ = writeln!(out, "  curl -N {scheme}://{address}/v1/chat/completions -H 'Content-Type: application/json' \\");
+    let _ = writeln!(out, "  curl -N {curl}/v1/chat/completions -H 'Content-Type: application/json' \\");
     let _ = writeln!(
         out,
         "    -d '{{\"model\": \"{model}\", \"stream\": true, \"messages\": [{{\"role\": \"user\", \"content\": \"Hello!\"}}]}}'"

@@ -175,7 +175,11 @@ fn render(status: &Status) -> String {
         row("proxy", &format!("pid {pid}, {}", times(status.proxy.restarts)));
     }
     let tls = if status.listen.tls { " with TLS" } else { "" };
-    row("listen", &format!("{}{tls} (admin {})", status.listen.public, status.listen.admin));
+    let unix = match &status.listen.unix {
+        Some(path) if !status.listen.public.starts_with("unix:") => format!(", {}", path.display()),
+        _ => String::new(),
+    };
+    row("listen", &format!("{}{tls}{unix} (admin {})", status.listen.public, status.listen.admin));
     for warning in &status.warnings {
         row("warning", warning);
     }

@@ -1,7 +1,6 @@
 //! What was said becomes a checked [`Config`]: types, bounds, and values that exclude each other.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,11 +10,9 @@ use super::keys::{self, KEYS, Shape};
 use super::layers::{Layers, Said};
 use super::source::{self, Place, SourceKind};
 use super::values::{endpoint, model_name, repo, whole};
-use crate::link::{Expired, TlsFiles};
-
 use super::{
-    Auth, Config, Download, Engine, Flags, Health, Limits, Listen, LogFormat, Model, ModelSource, Observe, OnGiveUp,
-    Restart, Shutdown, Start, UnknownFlags, Weights, units,
+    Auth, Config, Download, Engine, Flags, Health, Limits, LogFormat, Model, ModelSource, Observe, OnGiveUp, Restart,
+    Shutdown, Start, UnknownFlags, Weights, units,
 };
 
 /// The least grace: streams are cut 8 s and everything is killed 2 s before its end.
@@ -61,11 +58,7 @@ impl<'a> Builder<'a> {
                     .choice("engine.unknown_flags", &[("refuse", UnknownFlags::Refuse), ("pass", UnknownFlags::Pass)]),
                 env: self.environment(),
             },
-            listen: Listen {
-                public: self.address("listen.public"),
-                admin: self.address("listen.admin"),
-                tls: self.tls(),
-            },
+            listen: self.listen(),
             limits: Limits {
                 max: self.count("limits.max", 1, 100_000),
                 target: self.count("limits.target", 1, 100_000),
@@ -113,7 +106,7 @@ impl<'a> Builder<'a> {
 
     // ------------------------------------------------------------------ single values
 
-    fn last(&self, path: &str) -> Option<&'a Said> {
+    pub(super) fn last(&self, path: &str) -> Option<&'a Said> {
         self.layers.said.get(path).and_then(|said| said.last())
     }
 
@@ -152,7 +145,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn value<T>(&mut self, path: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> T {
+    pub(super) fn value<T>(&mut self, path: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> T {
         if let Some((text, place)) = self.said_text(path) {
             match parse(text) {
                 Ok(value) => return value,
@@ -187,7 +180,7 @@ impl<'a> Builder<'a> {
         );
     }
 
-    fn choice<T: Copy>(&mut self, path: &'static str, choices: &[(&str, T)]) -> T {
+    pub(super) fn choice<T: Copy>(&mut self, path: &'static str, choices: &[(&str, T)]) -> T {
         let names: Vec<String> = choices.iter().map(|(name, _)| format!("`{name}`")).collect();
         self.value(path, |text| {
             choices.iter().find(|(name, _)| *name == text).map(|(_, value)| *value).ok_or_else(|| names.join(" or "))
@@ -205,7 +198,7 @@ impl<'a> Builder<'a> {
         })
     }
 
-    fn path(&mut self, path: &'static str) -> Option<PathBuf> {
+    pub(super) fn path(&mut self, path: &'static str) -> Option<PathBuf> {
         let place = self.value_place(path)?;
         let base = self.base_of(&place);
         let home = self.bases.home.clone();
@@ -222,50 +215,6 @@ impl<'a> Builder<'a> {
                 file.parent().unwrap_or(Path::new("/")).to_path_buf()
             }
             _ => self.bases.cwd.clone(),
-        }
-    }
-
-    fn address(&mut self, path: &'static str) -> SocketAddr {
-        // Port 0 (the kernel chooses) is of use to who reads the answer at once, never in a file.
-        let typed = self.last(path).is_some_and(|said| said.node.place().source.kind == SourceKind::CommandLine);
-        self.value(path, |text| {
-            let address = text.parse::<SocketAddr>().map_err(|_| match text.rsplit_once(':') {
-                Some((_, port)) if port.parse::<u64>().is_ok_and(|port| port > 65_535) => {
-                    "ADDRESS:PORT with a port from 1 to 65535".to_owned()
-                }
-                Some((host, port)) if port.parse::<u16>().is_ok() && !host.starts_with('[') => {
-                    "an IP address and a port: names are not looked up, 0.0.0.0 means every IPv4 address".to_owned()
-                }
-                _ => "ADDRESS:PORT, like 0.0.0.0:8000 or [::]:8000".to_owned(),
-            })?;
-            if address.port() == 0 && !typed {
-                return Err("ADDRESS:PORT with a port from 1 to 65535".to_owned());
-            }
-            Ok(address)
-        })
-    }
-
-    fn tls(&mut self) -> Option<TlsFiles> {
-        let expired = self.choice("listen.tls.strict", &[("true", Expired::Refused), ("false", Expired::Warned)]);
-        let files = (self.path("listen.tls.cert"), self.path("listen.tls.key"));
-        match files {
-            (Some(cert), Some(key)) => Some(TlsFiles { cert, key, expired }),
-            (None, None) => None,
-            (cert, _) => {
-                let (said, missing) = match cert {
-                    Some(_) => ("listen.tls.cert", "listen.tls.key"),
-                    None => ("listen.tls.key", "listen.tls.cert"),
-                };
-                let mut mistake = Mistake::new(
-                    format!("`{said}` stands without `{missing}`"),
-                    "TLS needs both: the certificate and its private key, as PEM files",
-                );
-                if let Some(place) = self.value_place(said) {
-                    mistake = mistake.at(&place, "only this one");
-                }
-                self.mistakes.push(mistake);
-                None
-            }
         }
     }
 

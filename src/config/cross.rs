@@ -8,23 +8,7 @@ use super::error::Mistake;
 
 impl Builder<'_> {
     pub(super) fn cross_check(&mut self, config: &Config) {
-        let (public, admin) = (config.listen.public, config.listen.admin);
-        let overlap = public.ip() == admin.ip() || public.ip().is_unspecified() || admin.ip().is_unspecified();
-        if public.port() == admin.port() && public.port() != 0 && overlap {
-            let mut mistake = Mistake::new(
-                format!("`listen.public` ({public}) and `listen.admin` ({admin}) are the same port"),
-                "give one of them another port (the defaults are 8000 and 8001)",
-            );
-            let places = (self.value_place("listen.public"), self.value_place("listen.admin"));
-            match places {
-                (Some(public), Some(admin)) => {
-                    mistake = mistake.at(&admin, "this port").also(&public, "is taken by this");
-                }
-                (Some(place), None) | (None, Some(place)) => mistake = mistake.at(&place, "this port"),
-                (None, None) => {}
-            }
-            self.mistakes.push(mistake);
-        }
+        self.same_port(config);
         let mut warn = |text: String| self.warnings.push(text);
         if config.limits.target > config.limits.max {
             warn(format!(
@@ -52,6 +36,27 @@ impl Builder<'_> {
             self.mistakes.push(mistake);
         }
         self.devices(config);
+    }
+
+    fn same_port(&mut self, config: &Config) {
+        let (Some(public), admin) = (config.listen.public, config.listen.admin) else { return };
+        let overlap = public.ip() == admin.ip() || public.ip().is_unspecified() || admin.ip().is_unspecified();
+        if public.port() != admin.port() || public.port() == 0 || !overlap {
+            return;
+        }
+        let mut mistake = Mistake::new(
+            format!("`listen.public` ({public}) and `listen.admin` ({admin}) are the same port"),
+            "give one of them another port (the defaults are 8000 and 8001)",
+        );
+        let places = (self.value_place("listen.public"), self.value_place("listen.admin"));
+        match places {
+            (Some(public), Some(admin)) => {
+                mistake = mistake.at(&admin, "this port").also(&public, "is taken by this");
+            }
+            (Some(place), None) | (None, Some(place)) => mistake = mistake.at(&place, "this port"),
+            (None, None) => {}
+        }
+        self.mistakes.push(mistake);
     }
 
     /// `tp` 8 with four visible GPUs cannot start; the engine would say so after a minute.

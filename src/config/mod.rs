@@ -11,6 +11,7 @@ mod error;
 pub mod folders;
 pub mod keys;
 mod layers;
+mod listen;
 mod load;
 pub mod redact;
 mod source;
@@ -27,7 +28,7 @@ pub use layers::is_negative_number;
 pub use load::{Loaded, Lost, Needs, Origin, SHIPPED, Sources, User, WhenMissing, flag_text, load};
 pub use source::{MAX_FILE, Place};
 
-use crate::link::{ListenSettings, TlsFiles};
+use crate::link::{Http2, ListenSettings, ProxyProtocol, TlsFiles};
 
 /// Everything sglangd was told, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -131,12 +132,29 @@ pub enum FlagValue {
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Listen {
-    /// Where clients connect.
-    pub public: SocketAddr,
+    /// Where clients connect; none: over the Unix socket alone.
+    pub public: Option<SocketAddr>,
+    /// A Unix socket, beside the address or in its place.
+    pub unix: Option<PathBuf>,
+    /// Who may connect to it: the file's mode.
+    pub unix_mode: u32,
+    /// What a connection to `public` begins with.
+    pub proxy_protocol: ProxyProtocol,
     /// Status and metrics.
     pub admin: SocketAddr,
+    pub http2: Http2,
     /// None: plain HTTP.
     pub tls: Option<TlsFiles>,
+}
+
+impl Listen {
+    /// What clients may speak on the public port, in words.
+    pub fn spoken(&self) -> &'static str {
+        match self.http2 {
+            Http2::On => "HTTP/1.1 and HTTP/2",
+            Http2::Off => "HTTP/1.1",
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -223,8 +241,8 @@ pub enum LogFormat {
 impl Config {
     /// That strangers may use the engine, where they may.
     pub fn exposure(&self) -> Option<String> {
-        let public = self.listen.public;
-        (self.auth.keys_file.is_none() && !public.ip().is_loopback()).then(|| {
+        let public = self.listen.public.filter(|public| !public.ip().is_loopback())?;
+        self.auth.keys_file.is_none().then(|| {
             format!(
                 "everybody who reaches {public} may use the engine: no API key is asked for. Make one with `sglangd \
                  keys add NAME --file FILE` and set auth.keys_file, or listen on 127.0.0.1"
@@ -273,7 +291,11 @@ impl From<&Config> for crate::link::ProxySettings {
             max_body: config.limits.max_body,
             keys_file: config.auth.keys_file.clone(),
             workers: config.limits.workers.unwrap_or(cores),
-            listen: ListenSettings { tls: config.listen.tls.clone() },
+            listen: ListenSettings {
+                tls: config.listen.tls.clone(),
+                proxy_protocol: config.listen.proxy_protocol,
+                http2: config.listen.http2,
+            },
         }
     }
 }

@@ -151,6 +151,31 @@ pub struct ProxySettings {
 pub struct ListenSettings {
     /// None: the public address speaks plain HTTP.
     pub tls: Option<TlsFiles>,
+    #[serde(default)]
+    pub proxy_protocol: ProxyProtocol,
+    /// Whether clients may speak HTTP/2 as well.
+    #[serde(default)]
+    pub http2: Http2,
+}
+
+/// Whether HTTP/2 is spoken beside HTTP/1.1.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Http2 {
+    #[default]
+    On,
+    Off,
+}
+
+/// Whether connections to the public address begin with a header of the PROXY protocol, version 2.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProxyProtocol {
+    /// None is expected: one that comes is no HTTP, and refused as such.
+    #[default]
+    Off,
+    /// Nothing passes without it.
+    Require,
 }
 
 /// Where the server's certificate and key lie, as PEM files.

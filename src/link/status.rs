@@ -114,8 +114,11 @@ pub struct WeightsStatus {
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Listening {
-    /// Where clients connect.
+    /// Where clients connect: an address, or `unix:PATH` where there is none.
     pub public: String,
+    /// The Unix socket where they connect too, or alone.
+    #[serde(default)]
+    pub unix: Option<PathBuf>,
     /// Whether they speak TLS there.
     #[serde(default)]
     pub tls: bool,

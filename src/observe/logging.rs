@@ -16,6 +16,10 @@ use crate::config::LogFormat;
 /// Lines that may wait to be written: some MiB at worst, minutes of normal logging.
 const RING: usize = 16_384;
 
+/// h2 warns of what clients do wrong, a line a frame: nobody may fill a log from outside. What is said
+/// behind it wins, so that `h2=debug` can still be asked for.
+const QUIET: &str = "h2=off";
+
 /// RFC 3339 without a date library in the way of `tracing`.
 #[derive(Debug)]
 struct Clock;
@@ -24,6 +28,10 @@ impl FormatTime for Clock {
     fn format_time(&self, w: &mut tracing_subscriber::fmt::format::Writer<'_>) -> std::fmt::Result {
         w.write_str(&super::clock::now())
     }
+}
+
+fn filter(level: &str) -> EnvFilter {
+    EnvFilter::try_new(format!("{QUIET},{level}")).unwrap_or_else(|_| EnvFilter::new(format!("{QUIET},info")))
 }
 
 /// Installs the logger of this process. Called once, by a subcommand, before anything logs; a second
@@ -35,7 +43,7 @@ pub fn init(format: LogFormat, level: &str) -> WorkerGuard {
         .buffered_lines_limit(RING)
         .thread_name("log")
         .finish(std::io::stderr());
-    let filter = EnvFilter::try_new(level).unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = filter(level);
     let base = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_timer(Clock);
     // An error here means that a logger is already there, which is all that was wanted.
     let _ = match format {
@@ -52,4 +60,18 @@ pub fn init(format: LogFormat, level: &str) -> WorkerGuard {
         LogFormat::Json => base.json().flatten_event(true).try_init(),
     };
     guard
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_clients_do_wrong_is_logged_only_where_it_is_asked_for() {
+        for (level, expected) in [("info", "h2=off"), ("nonsense=[", "h2=off"), ("info,h2=debug", "h2=debug")] {
+            let filter = filter(level).to_string();
+            let h2: Vec<&str> = filter.split(',').filter(|directive| directive.starts_with("h2")).collect();
+            assert_eq!(h2, [expected], "{level}: {filter}");
+        }
+    }
 }

@@ -16,10 +16,9 @@ use http::request::Parts;
 use http::{Method, Response, Version};
 use http_body::{Body as _, Frame};
 use hyper::rt::Write;
-use jiff::Timestamp;
-use jiff::fmt::rfc2822::DateTimePrinter;
 
 use super::answer::{Answer, Interrupted};
+use super::date;
 use super::line::Line;
 use super::tap::Tap;
 use super::wire::Wire;
@@ -58,6 +57,8 @@ pub async fn leave(line: &Line, response: Response<Answer>) -> Response<Answer> 
             wire.hand_over(response);
             std::future::pending().await
         }
+        // Never is in hyper's hands.
+        Line::Http2(_) => response,
     }
 }
 
@@ -121,11 +122,9 @@ pub fn head(parts: &http::response::Parts) -> Vec<u8> {
         head.extend_from_slice(b"\r\n");
     }
     if !parts.headers.contains_key(DATE) {
-        let date = DateTimePrinter::new().timestamp_to_rfc9110_string(&Timestamp::now());
-        // Only years beyond 9999 cannot be written.
-        if let Ok(date) = date {
-            let _ = write!(head, "date: {date}\r\n");
-        }
+        head.extend_from_slice(b"date: ");
+        head.extend_from_slice(date::now().as_bytes());
+        head.extend_from_slice(b"\r\n");
     }
     head
 }

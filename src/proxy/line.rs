@@ -13,6 +13,7 @@ use hyper::body::Incoming;
 
 use super::framing::Violation;
 use super::headers::BodyFraming;
+use super::http2;
 use super::wire::Wire;
 
 /// One request's way to its client.
@@ -20,6 +21,8 @@ use super::wire::Wire;
 pub enum Line {
     /// The connection is the request's alone until its answer's end.
     Http1(Rc<Wire>),
+    /// One of many; the connection's own end ends them all.
+    Http2(Rc<http2::Flow>),
 }
 
 /// What may be read of a request that waits.
@@ -34,6 +37,7 @@ impl Line {
     pub fn ask(&self) {
         match self {
             Self::Http1(wire) => wire.ask(),
+            Self::Http2(_) => {}
         }
     }
 
@@ -41,20 +45,34 @@ impl Line {
     pub fn refusal(&self) -> Option<Violation> {
         match self {
             Self::Http1(wire) => wire.refusal(),
+            Self::Http2(flow) => flow.refusal(),
         }
     }
 
-    /// Ready when the client no longer waits for this answer.
+    /// Whether the client is known to have left. Costs nothing, and asks nobody.
+    pub fn has_left(&self) -> bool {
+        match self {
+            Self::Http1(wire) => wire.has_ended(),
+            Self::Http2(flow) => flow.has_left(),
+        }
+    }
+
+    /// Ready when the client no longer waits for this answer. A stream's task is polled when it is
+    /// reset, and sees it first.
     pub fn poll_left(&self, cx: &mut Context<'_>) -> Poll<()> {
         match self {
             Self::Http1(wire) => wire.poll_left(cx),
+            Self::Http2(flow) if flow.has_left() => Poll::Ready(()),
+            Self::Http2(_) => Poll::Pending,
         }
     }
 
-    /// A body left in the socket's buffer hides that the client of HTTP/1 is gone.
+    /// A body left in the socket's buffer hides that the client of HTTP/1 is gone. A stream's reset is
+    /// seen beside its body, and what its window holds is enough to begin with.
     pub fn ahead(&self) -> Ahead {
         match self {
             Self::Http1(_) => Ahead::Body,
+            Self::Http2(_) => Ahead::Nothing,
         }
     }
 
@@ -62,13 +80,16 @@ impl Line {
     pub fn flushes(&self) -> u64 {
         match self {
             Self::Http1(wire) => wire.flushes(),
+            Self::Http2(_) => 0,
         }
     }
 
-    /// Ready once an answer that breaks off now loses nothing of what was said before.
+    /// Ready once an answer that breaks off now loses nothing of what was said before. A stream waits
+    /// for that itself.
     pub fn poll_flushed(&self, cx: &mut Context<'_>, since: u64) -> Poll<()> {
         match self {
             Self::Http1(wire) => wire.poll_flushed(cx, since),
+            Self::Http2(_) => Poll::Ready(()),
         }
     }
 }
@@ -77,6 +98,7 @@ impl Line {
 #[derive(Debug)]
 pub enum Upload {
     Http1(Incoming),
+    Http2(http2::Upload),
 }
 
 /// The rest of a body that will not come.
@@ -84,6 +106,8 @@ pub enum Upload {
 pub enum Lost {
     #[error(transparent)]
     Http1(#[from] hyper::Error),
+    #[error(transparent)]
+    Http2(#[from] h2::Error),
 }
 
 impl Upload {
@@ -91,6 +115,8 @@ impl Upload {
     pub fn unmeasured(&self) -> BodyFraming {
         match self {
             Self::Http1(_) => BodyFraming::None,
+            Self::Http2(body) if body.is_end_stream() => BodyFraming::None,
+            Self::Http2(_) => BodyFraming::Chunked,
         }
     }
 }
@@ -102,12 +128,14 @@ impl Body for Upload {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Lost>>> {
         match self.get_mut() {
             Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(Lost::Http1),
+            Self::Http2(body) => Pin::new(body).poll_frame(cx).map_err(Lost::Http2),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Http1(body) => body.is_end_stream(),
+            Self::Http2(body) => body.is_end_stream(),
         }
     }
 }

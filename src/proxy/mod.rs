@@ -13,12 +13,14 @@ mod answer;
 mod auth;
 mod call;
 mod control;
+mod date;
 mod direct;
 mod error;
 mod framing;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod headers;
+mod http2;
 mod line;
 mod metrics;
 pub mod peek;

@@ -147,6 +147,9 @@ async fn pursue(call: Rc<Call>, parts: Parts, body: Upload, id: HeaderValue) -> 
         if let Poll::Ready(outcome) = work.as_mut().poll(cx) {
             return Poll::Ready(Some(outcome));
         }
+        if call.line().has_left() {
+            return Poll::Ready(Some(Err(Stop::Left)));
+        }
         if !may_begin || call.asks.get() != Stream::Yes {
             return Poll::Pending;
         }
@@ -221,6 +224,10 @@ async fn decide(call: Rc<Call>, parts: Parts, body: Upload, id: HeaderValue) -> 
 async fn watched<F: Future>(peer: &Peer, future: F) -> Result<F::Output, Stop> {
     let mut future = pin!(future);
     poll_fn(|cx| {
+        // A place that becomes free for one who has left is not to be taken to the engine.
+        if peer.line.has_left() {
+            return Poll::Ready(Err(Stop::Left));
+        }
         if let Poll::Ready(outcome) = future.as_mut().poll(cx) {
             return Poll::Ready(Ok(outcome));
         }

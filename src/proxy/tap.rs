@@ -3,8 +3,10 @@
 //! Bytes are never changed; a request that must not pass is replaced, whole, by a marker that the
 //! service answers with the refusal. It also keeps the clocks that hyper does not tell about: of a
 //! head that does not come, and of a reader that has stopped reading. It does not parse HTTP:
-//! [`super::framing`] and hyper do.
+//! [`super::framing`] and hyper do. A connection that begins with HTTP/2's preface ends here, for
+//! hyper, and is handed over by [`Wire::begin_http2`].
 
+use std::borrow::Cow;
 use std::fmt;
 use std::future::Future as _;
 use std::io;
@@ -17,6 +19,7 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::framing::{Checker, MAX_HEAD, MAX_LINE, Step, Violation};
+use super::http2::{Opening, opening};
 use super::transport::arrival::TLS_RECORD;
 use super::transport::counts::Turned;
 use super::wire::{READ_BUFFER, Wire, with_buffer};
@@ -66,7 +69,17 @@ pub struct Tap {
     waiting: Waiting,
     news: News,
     write_timer: Option<Pin<Box<Sleep>>>,
+    preface: Preface,
     stopped: Stopped,
+}
+
+/// Whether the connection may turn out to be HTTP/2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Preface {
+    /// Its first bytes will tell.
+    Possible,
+    /// It is HTTP/1, or nothing else is spoken here.
+    Excluded,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,6 +109,8 @@ enum Stopped {
     No,
     /// Nothing more passes: the connection ends with the refusal.
     Yes,
+    /// Nothing more passes: the connection goes on as HTTP/2.
+    Turned,
 }
 
 impl fmt::Debug for Tap {
@@ -105,7 +120,7 @@ impl fmt::Debug for Tap {
 }
 
 impl Tap {
-    pub fn new(wire: Rc<Wire>, patience: Patience) -> Self {
+    pub fn new(wire: Rc<Wire>, patience: Patience, preface: Preface) -> Self {
         Self {
             wire,
             patience,
@@ -115,8 +130,29 @@ impl Tap {
             waiting: Waiting::No,
             news: News::None,
             write_timer: None,
+            preface,
             stopped: Stopped::No,
         }
+    }
+
+    /// Looks at the first bytes of the connection, which are held until it is known what they are.
+    fn open(&mut self, bytes: &[u8]) -> Opening {
+        let held = std::mem::take(&mut self.held);
+        // Nearly always nothing is held: nothing is copied for HTTP/1.
+        let whole = if held.is_empty() { Cow::Borrowed(bytes) } else { Cow::Owned([&held, bytes].concat()) };
+        let opening = opening(&whole);
+        match opening {
+            Opening::Open => self.held = whole.into_owned(),
+            Opening::Http2 => {
+                self.wire.begin_http2(whole.into_owned());
+                self.stopped = Stopped::Turned;
+            }
+            Opening::Other => {
+                self.preface = Preface::Excluded;
+                self.held = held;
+            }
+        }
+        opening
     }
 
     /// Whether all that was read belongs to requests that are over.
@@ -230,11 +266,14 @@ impl Read for Tap {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, mut out: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         loop {
-            if this.stopped == Stopped::Yes {
+            match this.stopped {
+                Stopped::No => {}
                 // What else comes is not read: the connection closes behind the refusal.
-                return Poll::Pending;
+                Stopped::Yes => return Poll::Pending,
+                Stopped::Turned => return Poll::Ready(Ok(())),
             }
-            if !this.held.is_empty() && (this.news == News::Some || this.waiting != Waiting::ForHead) {
+            let judged = this.preface == Preface::Excluded;
+            if judged && !this.held.is_empty() && (this.news == News::Some || this.waiting != Waiting::ForHead) {
                 this.news = News::None;
                 let held = std::mem::take(&mut this.held);
                 let (done, passed) = this.pass(&held, &mut out);
@@ -256,6 +295,14 @@ impl Read for Tap {
                     return Poll::Pending;
                 };
                 let bytes = &buffer[..read];
+                let mut late = News::None;
+                if this.preface == Preface::Possible && read > 0 {
+                    match this.open(bytes) {
+                        Opening::Open => return Poll::Ready(Ok(None)),
+                        Opening::Http2 => return Poll::Ready(Ok(Some(()))),
+                        Opening::Other => late = News::Some,
+                    }
+                }
                 if read == 0 {
                     this.wire.end();
                 } else if bytes[0] == TLS_RECORD && this.is_fresh() {
@@ -272,7 +319,8 @@ impl Read for Tap {
                 } else {
                     let before = this.held.len();
                     this.held.extend_from_slice(bytes);
-                    this.news = news(before, bytes);
+                    // What was held for the preface has not been judged at all.
+                    this.news = if late == News::Some { late } else { news(before, bytes) };
                 }
                 Poll::Ready(Ok(if read == 0 { Some(()) } else { None }))
             });
@@ -312,7 +360,10 @@ impl Write for Tap {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.wire.poll_shutdown(cx)
+        match self.stopped {
+            Stopped::Turned => Poll::Ready(Ok(())),
+            Stopped::No | Stopped::Yes => self.wire.poll_shutdown(cx),
+        }
     }
 
     fn is_write_vectored(&self) -> bool {

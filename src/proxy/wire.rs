@@ -75,6 +75,8 @@ pub struct Wire {
     ended: Cell<bool>,
     /// A request has come.
     asked: Cell<bool>,
+    /// What was read, where it turned out to be HTTP/2.
+    http2: Cell<Option<Vec<u8>>>,
     /// An answer that is not for hyper to write.
     handed_over: Cell<Option<Box<Response<Answer>>>>,
     /// It is no HTTP that comes.
@@ -106,6 +108,7 @@ impl Wire {
             leaving: RefCell::new(None),
             ended: Cell::new(false),
             asked: Cell::new(false),
+            http2: Cell::new(None),
             handed_over: Cell::new(None),
             turned: Cell::new(None),
         })
@@ -233,6 +236,15 @@ impl Wire {
     /// Whether the client was seen to have closed its side.
     pub fn has_ended(&self) -> bool {
         self.ended.get()
+    }
+
+    /// This is no HTTP/1: its first bytes, for who speaks HTTP/2.
+    pub fn begin_http2(&self, early: Vec<u8>) {
+        self.http2.set(Some(early));
+    }
+
+    pub fn http2(&self) -> Option<Vec<u8>> {
+        self.http2.take()
     }
 
     pub fn flushes(&self) -> u64 {

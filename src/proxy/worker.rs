@@ -8,6 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::{Future as _, poll_fn};
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -25,17 +26,20 @@ use tokio::time::{Instant, sleep};
 use super::answer::Answer;
 use super::direct;
 use super::framing::MAX_HEAD;
+use super::http2;
 use super::line::{Line, Upload};
 use super::metrics::Counters;
 use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
-use super::tap::Tap;
-use super::transport::arrival::{Arrived, Greeting, Handshakes, TlsIs};
+use super::tap::{Preface, Tap};
+use super::transport::arrival::{Arrived, Greeting, Handshakes};
+use super::transport::identity::ALPN_HTTP2;
 use super::transport::listener::{Accepting, Listener};
 use super::transport::socket::Socket;
 use super::upstream::Pool;
 use super::websocket;
 use super::wire::Wire;
+use crate::link::Http2;
 
 /// After a failed accept (no descriptors): long enough to let some connection end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -74,7 +78,7 @@ impl Worker {
             counters,
             pool: Rc::default(),
             http,
-            greeting: RefCell::new(Greeting::None),
+            greeting: RefCell::new(Greeting::NONE),
             handshakes: Handshakes::default(),
             mode: RefCell::new(Mode::Serving),
             connections: RefCell::default(),
@@ -103,8 +107,7 @@ impl Worker {
         if upstream.is_none() {
             self.pool.clear();
         }
-        let tls = if snapshot.settings.listen.tls.is_some() { TlsIs::On } else { TlsIs::Off };
-        self.greeting.replace(Greeting::new(tls, snapshot.identity.as_deref()));
+        self.greeting.replace(Greeting::new(&snapshot.settings.listen, snapshot.identity.as_deref()));
         if *self.mode.borrow() != snapshot.mode {
             self.mode.borrow_mut().clone_from(&snapshot.mode);
             self.connections.borrow().values().for_each(Waker::wake_by_ref);
@@ -140,9 +143,9 @@ async fn accept(worker: Rc<Worker>, listener: Accepting) {
                 let worker = Rc::clone(&worker);
                 let greeting = match &socket {
                     Socket::Tcp(_) => worker.greeting.borrow().clone(),
-                    Socket::Unix(_) => Greeting::None,
+                    Socket::Unix(_) => Greeting::NONE,
                 };
-                if let Greeting::None = greeting {
+                if greeting.is_none() {
                     let wire = Wire::plain(Rc::new(socket));
                     spawn_local(converse(worker, Arrived { wire, address }));
                 } else {
@@ -207,60 +210,19 @@ enum Turn {
 async fn converse(worker: Rc<Worker>, arrived: Arrived) {
     let Arrived { wire: client, address } = arrived;
     {
-        let peer = Rc::new(Peer {
-            worker: Rc::clone(&worker),
-            line: Line::Http1(Rc::clone(&client)),
-            address,
-            scheme: client.scheme(),
-        });
-        let mut tap = Tap::new(Rc::clone(&client), worker.shared.timings.client);
-        let mut registered = None;
-        // Who connects during a drain is answered; only what was open before is let go.
-        let mut farewell = if worker.is_serving() { Farewell::Due } else { Farewell::Said };
-        loop {
-            let peer = Rc::clone(&peer);
-            let service =
-                service_fn(move |request| service::answer(Rc::clone(&peer), Request::map(request, Upload::Http1)));
-            let mut connection = worker.http.serve_connection(tap, service);
-            let turn = poll_fn(|cx| {
-                registered.get_or_insert_with(|| Registered::new(&worker, cx.waker()));
-                if farewell == Farewell::Due && !worker.is_serving() {
-                    farewell = Farewell::Said;
-                    // A client's first request may be on its way: it gets its refusal in words.
-                    if client.was_asked() {
-                        Pin::new(&mut connection).graceful_shutdown();
-                    }
-                }
-                match Pin::new(&mut connection).poll(cx) {
-                    Poll::Ready(outcome) => Poll::Ready(Turn::Over(outcome)),
-                    Poll::Pending => {
-                        client.handed_over().map_or(Poll::Pending, |answer| Poll::Ready(Turn::Direct(answer)))
-                    }
-                }
-            })
-            .await;
-            let response = match turn {
-                Turn::Over(Ok(())) => break,
-                Turn::Over(Err(error)) => {
-                    tracing::debug!(%error, "a connection ended early");
-                    break;
-                }
-                Turn::Direct(response) => response,
-            };
-            let http1::Parts { io, read_buf, .. } = connection.into_parts();
-            tap = io;
-            if let Answer::Tunnel(_) = response.body() {
-                let unread = [&read_buf[..], &tap.into_unread()].concat();
-                Box::pin(websocket::carry(&client, *response, unread)).await;
-                break;
+        let waker = poll_fn(|cx| Poll::Ready(cx.waker().clone())).await;
+        let _registered = Registered::new(&worker, &waker);
+        let early = match client.protocol() {
+            Some(agreed) if agreed == ALPN_HTTP2 => Some(Vec::new()),
+            _ => {
+                speak_http1(&worker, &client, address).await;
+                client.http2()
             }
-            if let Err(error) = direct::write(&mut tap, &client, *response).await {
-                tracing::debug!(%error, "a stream ended early");
-                break;
-            }
-            if !worker.is_serving() || !read_buf.is_empty() || !tap.is_between_requests() {
-                break;
-            }
+        };
+        if let Some(early) = early {
+            let speaker = http2::Client { worker: Rc::clone(&worker), address, scheme: client.scheme() };
+            // Boxed: most connections have no use for the room.
+            Box::pin(http2::serve(Rc::new(speaker), Rc::clone(&client), early)).await;
         }
     }
     if let Some(why) = client.turned() {
@@ -268,5 +230,64 @@ async fn converse(worker: Rc<Worker>, arrived: Arrived) {
     }
     if !client.has_ended() {
         client.close().await;
+    }
+}
+
+/// Until the connection's end, or until it turns out to be HTTP/2.
+async fn speak_http1(worker: &Rc<Worker>, client: &Rc<Wire>, address: Option<IpAddr>) {
+    let preface = match worker.shared.snapshot().settings.listen.http2 {
+        Http2::On => Preface::Possible,
+        Http2::Off => Preface::Excluded,
+    };
+    let peer = Rc::new(Peer {
+        worker: Rc::clone(worker),
+        line: Line::Http1(Rc::clone(client)),
+        address,
+        scheme: client.scheme(),
+    });
+    let mut tap = Tap::new(Rc::clone(client), worker.shared.timings.client, preface);
+    // Who connects during a drain is answered; only what was open before is let go.
+    let mut farewell = if worker.is_serving() { Farewell::Due } else { Farewell::Said };
+    loop {
+        let peer = Rc::clone(&peer);
+        let service =
+            service_fn(move |request| service::answer(Rc::clone(&peer), Request::map(request, Upload::Http1)));
+        let mut connection = worker.http.serve_connection(tap, service);
+        let turn = poll_fn(|cx| {
+            if farewell == Farewell::Due && !worker.is_serving() {
+                farewell = Farewell::Said;
+                // A client's first request may be on its way: it gets its refusal in words.
+                if client.was_asked() {
+                    Pin::new(&mut connection).graceful_shutdown();
+                }
+            }
+            match Pin::new(&mut connection).poll(cx) {
+                Poll::Ready(outcome) => Poll::Ready(Turn::Over(outcome)),
+                Poll::Pending => client.handed_over().map_or(Poll::Pending, |answer| Poll::Ready(Turn::Direct(answer))),
+            }
+        })
+        .await;
+        let response = match turn {
+            Turn::Over(Ok(())) => return,
+            Turn::Over(Err(error)) => {
+                tracing::debug!(%error, "a connection ended early");
+                return;
+            }
+            Turn::Direct(response) => response,
+        };
+        let http1::Parts { io, read_buf, .. } = connection.into_parts();
+        tap = io;
+        if let Answer::Tunnel(_) = response.body() {
+            let unread = [&read_buf[..], &tap.into_unread()].concat();
+            Box::pin(websocket::carry(client, *response, unread)).await;
+            return;
+        }
+        if let Err(error) = direct::write(&mut tap, client, *response).await {
+            tracing::debug!(%error, "a stream ended early");
+            return;
+        }
+        if !worker.is_serving() || !read_buf.is_empty() || !tap.is_between_requests() {
+            return;
+        }
     }
 }

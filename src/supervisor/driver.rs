@@ -8,7 +8,7 @@ mod duty;
 mod tell;
 
 use std::ffi::OsString;
-use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -97,7 +97,7 @@ pub struct Outside {
     pub own_env: Env,
     pub inspect_arguments: Vec<OsString>,
     pub spawner: Spawner,
-    pub listeners: Arc<Vec<TcpListener>>,
+    pub listeners: Arc<Vec<OwnedFd>>,
     pub listen: Listening,
     pub guard: Option<Guarded<std::process::ChildStdin>>,
     pub signals: Signals,

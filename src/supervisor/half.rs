@@ -5,8 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::net::TcpListener;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -72,7 +71,7 @@ impl Half {
     /// Starts keeping a proxy alive. Ends it when every [`Half`] is dropped.
     pub fn keep(
         spawner: Spawner,
-        listeners: Arc<Vec<TcpListener>>,
+        listeners: Arc<Vec<OwnedFd>>,
         orders: Orders,
         log_env: BTreeMap<OsString, OsString>,
     ) -> Self {
@@ -116,7 +115,7 @@ impl Half {
 
 async fn keep(
     spawner: Spawner,
-    listeners: Arc<Vec<TcpListener>>,
+    listeners: Arc<Vec<OwnedFd>>,
     orders: Orders,
     env: BTreeMap<OsString, OsString>,
     mut inbox: mpsc::Receiver<Command>,
@@ -152,7 +151,7 @@ enum Ended {
 
 async fn run(
     spawner: &Spawner,
-    listeners: &[TcpListener],
+    listeners: &[OwnedFd],
     mut orders: Orders,
     env: BTreeMap<OsString, OsString>,
     inbox: &mut mpsc::Receiver<Command>,

@@ -207,8 +207,12 @@ pub fn headline(status: &Status) -> String {
     }
     if matches!(status.state, EngineState::Ready | EngineState::Busy) {
         // By now the greeting has scrolled off the screen.
-        let scheme = if status.listen.tls { "https" } else { "http" };
-        line = format!("{line}: {} on {scheme}://{}", status.model.name, status.listen.public);
+        let scheme = match (status.listen.tls, status.listen.public.starts_with("unix:")) {
+            (_, true) => "",
+            (true, false) => "https://",
+            (false, false) => "http://",
+        };
+        line = format!("{line}: {} on {scheme}{}", status.model.name, status.listen.public);
     }
     line
 }

@@ -19,14 +19,14 @@ pub struct Client {
 
 /// What the client's bytes go through.
 #[derive(Debug)]
-enum Stream {
+pub enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
     Tls(Box<StreamOwned<ClientConnection, TcpStream>>),
 }
 
 impl Stream {
-    fn socket(&self) -> SockRef<'_> {
+    pub fn socket(&self) -> SockRef<'_> {
         match self {
             Self::Tcp(stream) => SockRef::from(stream),
             Self::Unix(stream) => SockRef::from(stream),
@@ -132,6 +132,17 @@ impl Client {
             session.complete_io(&mut stream)?;
         }
         Ok(Self { stream: Stream::Tls(Box::new(StreamOwned::new(session, stream))), unread: self.unread })
+    }
+
+    /// For who speaks something else on it.
+    pub fn into_stream(self) -> Stream {
+        self.stream
+    }
+
+    /// What both sides agreed to speak.
+    pub fn protocol(&self) -> Option<&[u8]> {
+        let Stream::Tls(stream) = &self.stream else { panic!("no TLS, no agreement") };
+        stream.conn.alpn_protocol()
     }
 
     /// The certificate that the server showed.

@@ -75,6 +75,8 @@ pub struct Setup {
     engine_flags: Vec<String>,
     environment: BTreeMap<String, String>,
     public: SocketAddr,
+    /// In place of the address.
+    listen: Option<String>,
     admin: SocketAddr,
 }
 
@@ -93,6 +95,7 @@ impl Setup {
             engine_flags: Vec::new(),
             environment: BTreeMap::new(),
             public: free_address(),
+            listen: None,
             admin: free_address(),
         }
     }
@@ -129,6 +132,12 @@ impl Setup {
     #[must_use]
     pub fn listening_on(self, public: SocketAddr) -> Self {
         Self { public, ..self }
+    }
+
+    /// `--listen` with these words.
+    #[must_use]
+    pub fn listen(self, place: &str) -> Self {
+        Self { listen: Some(place.to_owned()), ..self }
     }
 
     /// One more configuration file; later ones win.
@@ -219,7 +228,7 @@ impl Setup {
             command.arg("--config").arg(file);
         }
         if self.places == Places::Given {
-            command.arg("--listen").arg(self.public.to_string());
+            command.arg("--listen").arg(self.listen.clone().unwrap_or_else(|| self.public.to_string()));
             command.arg("--admin").arg(self.admin.to_string());
             command.arg("--runtime-dir").arg(self.runtime_dir());
             command.arg("--state-dir").arg(self.folder().join("state"));

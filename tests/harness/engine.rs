@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -209,3 +209,29 @@ pub fn chunk(data: impl AsRef<[u8]>) -> Vec<u8> {
 }
 
 pub const LAST: &[u8] = b"0\r\n\r\n";
+
+/// What scripts of an engine wait at, on any of its connections.
+pub struct Gate(Mutex<Receiver<()>>);
+
+impl Gate {
+    /// False once the test lets everybody through.
+    pub fn pass(&self) -> bool {
+        self.0.lock().unwrap().recv().is_ok()
+    }
+}
+
+/// An engine whose steps the test releases.
+pub fn stepped(steps: impl Fn(&mut Connection, &Gate) + Send + Sync + 'static) -> (Engine, Sender<()>) {
+    let (release, gate) = channel();
+    let gate = Gate(Mutex::new(gate));
+    let engine = Engine::start(move |connection| steps(connection, &gate));
+    (engine, release)
+}
+
+/// An engine that takes requests and never answers.
+pub fn thinking() -> Engine {
+    Engine::start(|connection| {
+        connection.request();
+        connection.until_closed();
+    })
+}

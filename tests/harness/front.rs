@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sglangd::keys::hashed;
 use sglangd::link::{EngineState, EngineView, ListenSettings, ProxySettings, Upstream};
-use sglangd::proxy::{Proxy, Supervision, Timings};
+use sglangd::proxy::{Listener, Patience, Proxy, Supervision, Timings};
 
 use super::engine::Engine;
 
@@ -52,6 +52,15 @@ impl Front {
         Self { addr, proxy }
     }
 
+    /// On these listeners, whose addresses the test knows.
+    pub fn on(engine: &Engine, listeners: Vec<Listener>) -> Self {
+        let mut proxy = Proxy::new(Timings::default(), Supervision::Alone);
+        proxy.settings(settings()).unwrap();
+        proxy.engine(view(EngineState::Ready, Some(engine.addr)));
+        proxy.listen(listeners).unwrap();
+        Self { addr: SocketAddr::from(([0, 0, 0, 0], 0)), proxy }
+    }
+
     pub fn with(engine: &Engine, settings: ProxySettings, timings: Timings) -> Self {
         let mut front = Self::unaware(timings);
         front.proxy.settings(settings).unwrap();
@@ -83,6 +92,13 @@ impl Front {
         let page = self.proxy.metrics();
         page.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(' ')?.parse().ok())
     }
+}
+
+/// Ordinary timings but for how patient the proxy is with clients.
+pub fn patience(change: impl FnOnce(&mut Patience)) -> Timings {
+    let mut timings = Timings::default();
+    change(&mut timings.client);
+    timings
 }
 
 /// A keys file of lines such as `("ci", "secret", "weight=2")`: a name, a key, what it is granted.

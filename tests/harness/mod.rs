@@ -6,6 +6,8 @@ pub mod client;
 pub mod daemon;
 pub mod engine;
 pub mod front;
+pub mod hpack;
+pub mod http2;
 pub mod hub;
 pub mod pki;
 pub mod processes;

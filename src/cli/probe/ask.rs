@@ -13,6 +13,8 @@ use super::{Page, Part, ProbeArgs};
 use crate::cli::status::{ask as ask_status, runtime_dir, socket};
 use crate::health::client::Target;
 
+/// How long a connection may take to be made.
+const CONNECT: Duration = Duration::from_secs(10);
 const SYSTEM: &str = "You are a helpful AI assistant.";
 /// Between two tries, when the server does not say.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -42,6 +44,20 @@ pub struct Server {
 enum Place {
     Url(String),
     Daemon(Target),
+}
+
+/// Whom to ask, and how.
+struct Found {
+    client: reqwest::Client,
+    base: String,
+    /// The model's, where the daemon says it.
+    name: Option<String>,
+}
+
+/// For a daemon of this machine. Its certificate is not made out to the loopback, and nobody stands in
+/// between; a proxy of the environment has nothing to do with it.
+fn on_this_machine() -> reqwest::ClientBuilder {
+    reqwest::Client::builder().connect_timeout(CONNECT).no_proxy().tls_danger_accept_invalid_certs(true)
 }
 
 /// The line of figures under an answer.
@@ -92,7 +108,7 @@ impl AskError {
 impl Server {
     pub fn new(args: &ProbeArgs) -> Result<Self, String> {
         // On this machine a proxy of the environment has nothing to do with it.
-        let mut client = reqwest::Client::builder().connect_timeout(Duration::from_secs(10));
+        let mut client = reqwest::Client::builder().connect_timeout(CONNECT);
         let place = if let Some(url) = &args.url {
             let url = if url.contains("://") { url.clone() } else { format!("http://{url}") };
             let parsed = reqwest::Url::parse(&url).map_err(|error| format!("--url {url}: {error}"))?;
@@ -102,8 +118,7 @@ impl Server {
             let url = url.trim_end_matches('/');
             Place::Url(url.strip_suffix("/v1").unwrap_or(url).to_owned())
         } else {
-            // Its certificate is not made out to the loopback, and nobody stands in between.
-            client = client.no_proxy().tls_danger_accept_invalid_certs(true);
+            client = on_this_machine();
             Place::Daemon(Target::Unix(socket(&runtime_dir(&args.folders))))
         };
         let key = args.key.clone().or_else(|| std::env::var("SGLANGD_API_KEY").ok()).filter(|key| !key.is_empty());
@@ -148,10 +163,10 @@ impl Server {
 
     /// Sends the question; an answer has begun when its head is there and says 200.
     async fn begin(&self, question: &str) -> Result<Response, AskError> {
-        let (base, known) = self.find().await?;
-        let model = match self.model.clone().or(known) {
+        let Found { client, base, name } = self.find().await?;
+        let model = match self.model.clone().or(name) {
             Some(model) => model,
-            None => self.first_model(&base).await?,
+            None => self.first_model(&client, &base).await?,
         };
         let mut body = json!({
             "model": model,
@@ -162,7 +177,7 @@ impl Server {
         if let (Some(max), Some(body)) = (self.max_tokens, body.as_object_mut()) {
             body.insert("max_tokens".into(), max.into());
         }
-        let request = self.with_key(self.client.post(format!("{base}/v1/chat/completions"))).json(&body);
+        let request = self.with_key(client.post(format!("{base}/v1/chat/completions"))).json(&body);
         checked(request.send().await.map_err(|error| sending(&error))?).await
     }
 
@@ -173,10 +188,10 @@ impl Server {
         }
     }
 
-    /// The base address, and the model's name where the daemon says it.
-    async fn find(&self) -> Result<(String, Option<String>), AskError> {
+    async fn find(&self) -> Result<Found, AskError> {
+        let client = self.client.clone();
         let target = match &self.place {
-            Place::Url(url) => return Ok((url.clone(), None)),
+            Place::Url(url) => return Ok(Found { client, base: url.clone(), name: None }),
             Place::Daemon(target) => target,
         };
         let text = ask_status(target).await.map_err(AskError::NotThere)?;
@@ -184,19 +199,23 @@ impl Server {
         let status: Value = serde_json::from_str(&text)
             .map_err(|error| AskError::NotThere(format!("no status was answered: {error}")))?;
         let said = |at: &str| status.pointer(at).and_then(Value::as_str).filter(|text| !text.is_empty());
+        let name = said("/model/name").map(str::to_owned);
+        if let Some(path) = said("/listen/unix") {
+            let client = on_this_machine().unix_socket(path).build().map_err(|error| sending(&error))?;
+            return Ok(Found { client, base: "http://localhost".to_owned(), name });
+        }
         let public: SocketAddr = said("/listen/public")
             .and_then(|text| text.parse().ok())
             .ok_or_else(|| AskError::NotThere("the daemon names no public address".into()))?;
-        let name = said("/model/name").map(str::to_owned);
         let scheme = match status.pointer("/listen/tls").and_then(Value::as_bool) {
             Some(true) => "https",
             _ => "http",
         };
-        Ok((format!("{scheme}://{}", reachable(public)), name))
+        Ok(Found { client, base: format!("{scheme}://{}", reachable(public)), name })
     }
 
-    async fn first_model(&self, base: &str) -> Result<String, AskError> {
-        let request = self.with_key(self.client.get(format!("{base}/v1/models")));
+    async fn first_model(&self, client: &reqwest::Client, base: &str) -> Result<String, AskError> {
+        let request = self.with_key(client.get(format!("{base}/v1/models")));
         let response = checked(request.send().await.map_err(|error| sending(&error))?).await?;
         let list: Value = response.json().await.map_err(|error| AskError::Broken(error.to_string()))?;
         match list.pointer("/data/0/id").and_then(Value::as_str) {

@@ -10,19 +10,19 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::cli::public_socket::{self, BACKLOG, SocketError};
 use crate::config::Config;
 use crate::config::folders::Folders;
 use crate::exit::Exit;
 use crate::observe::admin;
 use crate::sys::proc;
 
-/// Connections waiting to be accepted while the proxy is replaced; the kernel cuts it to somaxconn.
-const BACKLOG: i32 = 4096;
-
 /// Everything is ours.
 #[derive(Debug)]
 pub struct Bound {
-    pub public: TcpListener,
+    /// Where clients connect: the address, the Unix socket, or both.
+    pub public: Option<TcpListener>,
+    pub unix: Option<(UnixListener, public_socket::Name)>,
     pub admin: TcpListener,
     pub admin_socket: UnixListener,
     pub socket_path: PathBuf,
@@ -40,6 +40,8 @@ pub enum BindError {
     Taken { path: PathBuf, holder: String },
     #[error("{key} {addr} cannot be had: {source}{holder}. Choose another with {flag}, or end who holds it")]
     Address { key: &'static str, addr: SocketAddr, flag: &'static str, holder: String, source: io::Error },
+    #[error(transparent)]
+    Public(#[from] SocketError),
     #[error("the admin socket {path} cannot be made: {source}")]
     Socket { path: PathBuf, source: io::Error },
 }
@@ -47,7 +49,9 @@ pub enum BindError {
 impl BindError {
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Folder { .. } | Self::Taken { .. } | Self::Address { .. } | Self::Socket { .. } => Exit::Config,
+            Self::Folder { .. } | Self::Taken { .. } | Self::Address { .. } | Self::Public(_) | Self::Socket { .. } => {
+                Exit::Config
+            }
         }
     }
 }
@@ -56,12 +60,14 @@ pub fn all(config: &Config, folders: &Folders) -> Result<Bound, BindError> {
     folder("the runtime folder", &folders.runtime, "runtime-dir")?;
     folder("the state folder", &folders.state, "state-dir")?;
     let lock = lock(&folders.runtime)?;
-    let public = listen("listen.public", config.listen.public, "--listen")?;
+    let public = config.listen.public.map(|addr| listen("listen.public", addr, "--listen")).transpose()?;
+    let unix =
+        config.listen.unix.as_ref().map(|path| public_socket::bind(path, config.listen.unix_mode)).transpose()?;
     let admin = listen("listen.admin", config.listen.admin, "--admin")?;
     let socket_path = folders.runtime.join("admin.sock");
     let admin_socket =
         admin::bind_unix(&socket_path).map_err(|source| BindError::Socket { path: socket_path.clone(), source })?;
-    Ok(Bound { public, admin, admin_socket, socket_path, lock })
+    Ok(Bound { public, unix, admin, admin_socket, socket_path, lock })
 }
 
 fn folder(what: &'static str, path: &Path, flag: &'static str) -> Result<(), BindError> {

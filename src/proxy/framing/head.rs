@@ -7,7 +7,7 @@ use http::StatusCode;
 use super::{Framing, MAX_HEAD, MAX_LINE, MAX_TARGET, Violation};
 
 /// Most header lines.
-const MAX_LINES: usize = 100;
+pub const MAX_LINES: usize = 100;
 
 /// Judges a head. `None`: it is not whole yet. Else its length and its body's framing.
 pub(super) fn head(bytes: &[u8]) -> Result<Option<(usize, Framing)>, Violation> {
@@ -17,7 +17,7 @@ pub(super) fn head(bytes: &[u8]) -> Result<Option<(usize, Framing)>, Violation> 
     let Some(line) = lines.next_line()? else {
         // What can be said of a line that has no end yet.
         if bytes.len() > MAX_LINE {
-            return Err(too_long_target());
+            return Err(Violation::LONG_TARGET);
         }
         return Ok(None);
     };
@@ -25,25 +25,17 @@ pub(super) fn head(bytes: &[u8]) -> Result<Option<(usize, Framing)>, Violation> 
     let mut fields = Fields::default();
     loop {
         match lines.next_line()? {
-            None if bytes.len() > MAX_HEAD => return Err(too_large()),
+            None if bytes.len() > MAX_HEAD => return Err(Violation::LARGE_HEAD),
             None => return Ok(None),
             Some(b"") => break,
             Some(line) => fields.take(line)?,
         }
     }
     if lines.at > MAX_HEAD {
-        return Err(too_large());
+        return Err(Violation::LARGE_HEAD);
     }
     let framing = fields.verdict(&request)?;
     Ok(Some((lines.at, framing)))
-}
-
-fn too_large() -> Violation {
-    Violation::with(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "the request's head is too large")
-}
-
-fn too_long_target() -> Violation {
-    Violation::with(StatusCode::URI_TOO_LONG, "the request's target is too long")
 }
 
 struct Lines<'a> {
@@ -97,14 +89,13 @@ impl<'a> RequestLine<'a> {
             _ => return Err(Violation::bad("the protocol is not HTTP/1.1 or HTTP/1.0")),
         };
         if target.len() > MAX_TARGET {
-            return Err(too_long_target());
+            return Err(Violation::LONG_TARGET);
         }
         if target.is_empty() || !target.iter().all(u8::is_ascii_graphic) {
             return Err(Violation::bad("the request's target is not plain ASCII"));
         }
-        match method {
-            b"GET" | b"HEAD" | b"POST" | b"PUT" | b"PATCH" | b"DELETE" | b"OPTIONS" => {}
-            _ => return Err(Violation::with(StatusCode::METHOD_NOT_ALLOWED, "the method is not known here")),
+        if !is_known_method(method) {
+            return Err(Violation::UNKNOWN_METHOD);
         }
         Ok(Self { method, target, version })
     }
@@ -136,10 +127,7 @@ impl<'a> Fields<'a> {
     fn take(&mut self, line: &'a [u8]) -> Result<(), Violation> {
         self.lines += 1;
         if self.lines > MAX_LINES {
-            return Err(Violation::with(
-                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-                "there are too many header lines",
-            ));
+            return Err(Violation::MANY_LINES);
         }
         if matches!(line[0], b' ' | b'\t') {
             return Err(Violation::bad("a header is folded over two lines"));
@@ -167,7 +155,7 @@ impl<'a> Fields<'a> {
                 return Err(Violation::bad("there are two Host headers"));
             }
         } else if name.eq_ignore_ascii_case(b"expect") && !value.eq_ignore_ascii_case(b"100-continue") {
-            return Err(Violation::with(StatusCode::EXPECTATION_FAILED, "the expectation is not 100-continue"));
+            return Err(Violation::EXPECTATION);
         }
         Ok(())
     }
@@ -221,6 +209,12 @@ fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
-fn is_authority(host: &[u8]) -> bool {
+/// Whether the method is one that some route may take.
+pub fn is_known_method(method: &[u8]) -> bool {
+    matches!(method, b"GET" | b"HEAD" | b"POST" | b"PUT" | b"PATCH" | b"DELETE" | b"OPTIONS")
+}
+
+/// Whether the bytes are a host, with or without a port, and nothing else.
+pub fn is_authority(host: &[u8]) -> bool {
     !host.is_empty() && host.iter().all(|byte| byte.is_ascii_alphanumeric() || b".-_:[]%~".contains(byte))
 }

@@ -10,6 +10,7 @@ mod head;
 use http::StatusCode;
 
 use head::head;
+pub use head::{MAX_LINES, is_authority, is_known_method};
 
 /// Longest head, request line and all.
 pub const MAX_HEAD: usize = 64 * 1024;
@@ -39,6 +40,13 @@ impl Violation {
         Self { status: status.as_u16(), reason }
     }
 
+    pub const LARGE_HEAD: Self =
+        Self::with(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "the request's head is too large");
+    pub const MANY_LINES: Self =
+        Self::with(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "there are too many header lines");
+    pub const LONG_TARGET: Self = Self::with(StatusCode::URI_TOO_LONG, "the request's target is too long");
+    pub const UNKNOWN_METHOD: Self = Self::with(StatusCode::METHOD_NOT_ALLOWED, "the method is not known here");
+    pub const EXPECTATION: Self = Self::with(StatusCode::EXPECTATION_FAILED, "the expectation is not 100-continue");
     /// The client did not send its head in time.
     pub const SLOW_HEAD: Self = Self::with(StatusCode::REQUEST_TIMEOUT, "the request's head did not arrive in time");
 }

@@ -18,16 +18,23 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::counts::Turned;
-use super::identity::Identity;
+use super::identity::{ALPN_HTTP2, Identity};
+use super::proxy_header;
 use super::socket::Socket;
 use super::tls::Tls;
+use crate::link::{Http2, ListenSettings, ProxyProtocol};
 use crate::proxy::state::Shared;
 use crate::proxy::wire::{self, Wire};
 
 /// What is spoken on a connection before HTTP.
 #[derive(Debug, Clone)]
-pub enum Greeting {
-    /// Nothing.
+pub struct Greeting {
+    pub header: ProxyProtocol,
+    pub tls: Encryption,
+}
+
+#[derive(Debug, Clone)]
+pub enum Encryption {
     None,
     Tls(Arc<ServerConfig>),
     /// TLS, for which there is no certificate at present.
@@ -35,19 +42,26 @@ pub enum Greeting {
 }
 
 impl Greeting {
-    pub fn new(tls_is_wanted: TlsIs, identity: Option<&Identity>) -> Self {
-        match (tls_is_wanted, identity) {
-            (TlsIs::Off, _) => Self::None,
-            (TlsIs::On, Some(identity)) => Self::Tls(Arc::clone(&identity.config)),
-            (TlsIs::On, None) => Self::NoCertificate,
-        }
-    }
-}
+    pub const NONE: Self = Self { header: ProxyProtocol::Off, tls: Encryption::None };
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TlsIs {
-    On,
-    Off,
+    pub fn new(settings: &ListenSettings, identity: Option<&Identity>) -> Self {
+        let tls = match (&settings.tls, identity) {
+            (None, _) => Encryption::None,
+            (Some(_), Some(identity)) if settings.http2 == Http2::Off => {
+                let mut config = ServerConfig::clone(&identity.config);
+                config.alpn_protocols.retain(|name| name != ALPN_HTTP2);
+                Encryption::Tls(Arc::new(config))
+            }
+            (Some(_), Some(identity)) => Encryption::Tls(Arc::clone(&identity.config)),
+            (Some(_), None) => Encryption::NoCertificate,
+        };
+        Self { header: settings.proxy_protocol, tls }
+    }
+
+    /// Whether HTTP begins with the first byte.
+    pub fn is_none(&self) -> bool {
+        self.header == ProxyProtocol::Off && matches!(self.tls, Encryption::None)
+    }
 }
 
 /// A connection on which HTTP may begin.
@@ -100,14 +114,14 @@ impl Handshakes {
         &self,
         shared: &Shared,
         socket: Socket,
-        address: Option<IpAddr>,
+        mut address: Option<IpAddr>,
         greeting: Greeting,
     ) -> Option<Arrived> {
         let socket = Rc::new(socket);
         let entry = self.begin(shared.timings.handshakes);
         let greeted = tokio::select! {
             biased;
-            greeted = timeout(shared.timings.client.handshake, speak(Rc::clone(&socket), greeting)) => {
+            greeted = timeout(shared.timings.client.handshake, speak(shared, Rc::clone(&socket), &mut address, greeting)) => {
                 greeted.unwrap_or(Err(Fault::Turned(Turned::HandshakeSlow)))
             }
             () = entry.crowded_out.notified() => Err(Fault::Turned(Turned::HandshakeCrowded)),
@@ -115,13 +129,16 @@ impl Handshakes {
         drop(entry);
         let why = match greeted {
             Ok(wire) => {
-                tracing::debug!(client = ?address, protocol = ?wire.protocol(), "a TLS handshake came to its end");
-                shared.connections.handshakes.fetch_add(1, Relaxed);
+                tracing::debug!(client = ?address, protocol = ?wire.protocol(), "a connection is ready for HTTP");
                 return Some(Arrived { wire, address });
             }
             Err(Fault::Turned(why)) => why,
-            Err(Fault::Io(error)) => {
-                tracing::debug!(%error, client = ?address, "a TLS handshake failed");
+            Err(Fault::Header(proxy_header::Fault::Bad(error))) => {
+                tracing::debug!(%error, client = ?address, "a header of the PROXY protocol is bad");
+                Turned::ProxyHeader
+            }
+            Err(Fault::Header(proxy_header::Fault::Io(error)) | Fault::Tls(error)) => {
+                tracing::debug!(%error, client = ?address, "a handshake failed");
                 Turned::HandshakeFailed
             }
         };
@@ -136,32 +153,38 @@ impl Handshakes {
 
 enum Fault {
     Turned(Turned),
-    Io(io::Error),
-}
-
-impl From<io::Error> for Fault {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error)
-    }
+    Header(proxy_header::Fault),
+    Tls(io::Error),
 }
 
 /// First byte of every TLS connection: a record with a handshake in it.
 pub const TLS_RECORD: u8 = 0x16;
 
-async fn speak(socket: Rc<Socket>, greeting: Greeting) -> Result<Rc<Wire>, Fault> {
-    let config = match greeting {
-        Greeting::None => return Ok(Wire::plain(socket)),
-        Greeting::NoCertificate => return Err(Fault::Turned(Turned::NoCertificate)),
-        Greeting::Tls(config) => config,
+async fn speak(
+    shared: &Shared,
+    socket: Rc<Socket>,
+    address: &mut Option<IpAddr>,
+    greeting: Greeting,
+) -> Result<Rc<Wire>, Fault> {
+    if greeting.header == ProxyProtocol::Require
+        && let proxy_header::Said::Client(client) = proxy_header::read(&socket).await.map_err(Fault::Header)?
+    {
+        *address = client;
+    }
+    let config = match greeting.tls {
+        Encryption::None => return Ok(Wire::plain(socket)),
+        Encryption::NoCertificate => return Err(Fault::Turned(Turned::NoCertificate)),
+        Encryption::Tls(config) => config,
     };
     // Looked at before the library does: its alert would be the first thing a plain client reads, and
     // it would have set up a session for a client that never says a word.
-    match socket.peek().await? {
+    match socket.peek().await.map_err(Fault::Tls)? {
         Some(TLS_RECORD) => {}
         Some(_) => return Err(Fault::Turned(Turned::PlainToTls)),
-        None => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+        None => return Err(Fault::Tls(io::ErrorKind::UnexpectedEof.into())),
     }
-    let tls = Tls::accept(Rc::clone(&socket), config).await?;
+    let tls = Tls::accept(Rc::clone(&socket), config).await.map_err(Fault::Tls)?;
+    shared.connections.handshakes.fetch_add(1, Relaxed);
     Ok(Wire::encrypted(socket, tls))
 }
 

@@ -19,6 +19,8 @@ pub enum Turned {
     PlainToTls,
     /// TLS where plain HTTP is spoken.
     TlsToPlain,
+    /// No header of the PROXY protocol, or a bad one, where it is asked for.
+    ProxyHeader,
     /// TLS is asked for, and there is no certificate that could be used.
     NoCertificate,
 }
@@ -30,18 +32,23 @@ impl Turned {
             Self::PlainToTls => Some("a client speaks plain HTTP to the TLS port: it needs https://"),
             Self::TlsToPlain => Some("a client speaks TLS to the plain port: it needs http://"),
             Self::NoCertificate => Some("there is no certificate that can be used: TLS connections are closed"),
+            Self::ProxyHeader => Some(
+                "a connection does not begin with a good header of the PROXY protocol, version 2: \
+                 listen.proxy_protocol asks for one",
+            ),
             Self::HandshakeCrowded => Some("too many TLS handshakes at once: the oldest are closed"),
             Self::HandshakeSlow | Self::HandshakeFailed => None,
         }
     }
 }
 
-const TURNED: [(Turned, &str); 6] = [
+const TURNED: [(Turned, &str); 7] = [
     (Turned::HandshakeSlow, "handshake_timeout"),
     (Turned::HandshakeFailed, "handshake_failed"),
     (Turned::HandshakeCrowded, "handshake_crowded"),
     (Turned::PlainToTls, "plain_to_tls"),
     (Turned::TlsToPlain, "tls_to_plain"),
+    (Turned::ProxyHeader, "proxy_header"),
     (Turned::NoCertificate, "no_certificate"),
 ];
 

@@ -21,7 +21,8 @@ use x509_cert::der::Decode as _;
 use crate::link::{Expired, TlsFiles};
 
 /// What is spoken over TLS, the most wanted first.
-pub const ALPN: &[&[u8]] = &[b"http/1.1"];
+pub const ALPN: &[&[u8]] = &[ALPN_HTTP2, b"http/1.1"];
+pub const ALPN_HTTP2: &[u8] = b"h2";
 
 /// Largest file of certificates: a chain has some KiB.
 const MAX_FILE: u64 = 1 << 20;

@@ -2,7 +2,7 @@
 //! begin.
 //!
 //! ```text
-//!  listener ── accept ─► socket ── arrival (TLS, bounded) ─► wire ─► HTTP
+//!  listener ── accept ─► socket ── arrival (PROXY, TLS; bounded) ─► wire ─► HTTP
 //!                                     ▲
 //!  files ── renewal ─► identity ──────┘
 //! ```
@@ -14,6 +14,7 @@ pub mod arrival;
 pub mod counts;
 pub mod identity;
 pub mod listener;
+pub mod proxy_header;
 pub mod renewal;
 pub mod seldom;
 pub mod socket;

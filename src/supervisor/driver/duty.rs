@@ -302,6 +302,7 @@ impl Driver {
                 live.config.limits = loaded.config.limits.clone();
                 live.config.auth = loaded.config.auth.clone();
                 live.config.listen.tls.clone_from(&loaded.config.listen.tls);
+                live.config.listen.proxy_protocol = loaded.config.listen.proxy_protocol;
                 let settings = crate::link::ProxySettings::from(&live.config);
                 let waiting = crate::config::needs_restart(live, &loaded);
                 // What the last reload said of the file is no longer true of it.
