@@ -22,6 +22,7 @@ mod proxy_process;
 mod repositories;
 mod signal_faults;
 mod simulated_engine;
+mod sizing;
 mod stream_faults;
 mod tls_faults;
 mod websocket_faults;

@@ -18,6 +18,7 @@
 pub mod gate;
 mod order;
 pub mod queue;
+pub mod sizing;
 pub mod terms;
 
 pub use gate::{Admission, Counts, Refused, Ticket};

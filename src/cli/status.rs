@@ -171,6 +171,11 @@ fn render(status: &Status) -> String {
             r.in_flight, r.queued, r.max, r.target, r.served
         ),
     );
+    if let Some(load) = &r.engine {
+        let held = if r.room < r.max { format!("; no more than {} for now", r.room) } else { String::new() };
+        let (running, waiting, kv) = (load.running, load.waiting, load.kv_percent);
+        row("load", &format!("{running} computed, {waiting} in the engine's own queue, KV cache {kv} %{held}"));
+    }
     if let Some(pid) = status.proxy.pid {
         row("proxy", &format!("pid {pid}, {}", times(status.proxy.restarts)));
     }
@@ -254,6 +259,7 @@ mod tests {
 
     #[test]
     fn the_view_of_a_start_fits_on_a_screen() {
+        let load = crate::link::EngineLoad { running: 16, waiting: 4, kv_percent: 93 };
         let status = Status {
             version: "0.1.0".into(),
             state: EngineState::Loading,
@@ -280,7 +286,16 @@ mod tests {
                     .into(),
                 ..EngineStatus::default()
             },
-            requests: Requests { in_flight: 1, queued: 2, max: 32, target: 10, served: 7, websockets: 0 },
+            requests: Requests {
+                in_flight: 1,
+                queued: 2,
+                max: 32,
+                target: 10,
+                served: 7,
+                websockets: 0,
+                room: 20,
+                engine: Some(load),
+            },
             proxy: ProxyStatus { pid: Some(40), restarts: 0 },
             weights: Some(WeightsStatus { done: 1_500_000_000, total: 3_000_000_000, rate: 500, ..Default::default() }),
             listen: Listening { public: "0.0.0.0:8000".into(), admin: "127.0.0.1:8001".into(), ..Listening::default() },

@@ -12,7 +12,7 @@ use super::source::{self, Place, SourceKind};
 use super::values::{endpoint, model_name, repo, whole};
 use super::{
     Auth, Config, Download, Engine, Flags, Health, Limits, LogFormat, Model, ModelSource, Observe, OnGiveUp, Restart,
-    Shutdown, Start, UnknownFlags, Weights, units,
+    Shutdown, SizedBy, Start, UnknownFlags, Weights, units,
 };
 
 /// The least grace: streams are cut 8 s and everything is killed 2 s before its end.
@@ -63,6 +63,7 @@ impl<'a> Builder<'a> {
                 max: self.count("limits.max", 1, 100_000),
                 target: self.count("limits.target", 1, 100_000),
                 queue: self.count("limits.queue", 0, 1_000_000),
+                sizing: self.choice("limits.sizing", &[("engine", SizedBy::Engine), ("fixed", SizedBy::Fixed)]),
                 queue_timeout: self.at_least("limits.queue_timeout", Duration::from_millis(1)),
                 hold: self.at_least("limits.hold", Duration::ZERO),
                 max_body: self.value("limits.max_body", |text| {

@@ -61,6 +61,7 @@ pub const KEYS: &[Key] = &[
     scalar("limits.max", "32", "a number from 1 to 100000"),
     scalar("limits.target", "10", "a number from 1 to 100000"),
     scalar("limits.queue", "256", "a number from 0 to 1000000"),
+    scalar("limits.sizing", "engine", "`engine` or `fixed`"),
     scalar("limits.queue_timeout", "60s", "a duration, like 60s"),
     scalar("limits.hold", "0s", "a duration, like 30s"),
     scalar("limits.max_body", "64MiB", "a size, like 64MiB"),

@@ -23,6 +23,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use crate::link::SizedBy;
 pub use error::{Color, ConfigError, Mistake, nearest};
 pub use layers::is_negative_number;
 pub use load::{Loaded, Lost, Needs, Origin, SHIPPED, Sources, User, WhenMissing, flag_text, load};
@@ -165,6 +166,8 @@ pub struct Limits {
     pub target: usize,
     /// Requests that may wait for a place.
     pub queue: usize,
+    /// What bounds the open requests beside `max`.
+    pub sizing: SizedBy,
     pub queue_timeout: Duration,
     /// How long a request is held while the engine starts; zero: answered 503 at once.
     pub hold: Duration,
@@ -287,6 +290,7 @@ impl From<&Config> for crate::link::ProxySettings {
             max: config.limits.max,
             target: config.limits.target,
             queue: config.limits.queue,
+            sizing: config.limits.sizing,
             queue_timeout_ms: config.limits.queue_timeout.as_millis() as u64,
             max_body: config.limits.max_body,
             keys_file: config.auth.keys_file.clone(),

@@ -134,6 +134,8 @@ pub struct ProxySettings {
     pub target: usize,
     /// Requests that may wait for a place.
     pub queue: usize,
+    /// What bounds the requests that are open, beside `max`.
+    pub sizing: SizedBy,
     /// How long a request may wait for a place, in milliseconds.
     pub queue_timeout_ms: u64,
     /// Largest request body, in bytes.
@@ -144,6 +146,16 @@ pub struct ProxySettings {
     pub workers: usize,
     /// What comes under HTTP on the public side.
     pub listen: ListenSettings,
+}
+
+/// What bounds the requests that are open, beside their limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SizedBy {
+    /// What the engine says it can take.
+    Engine,
+    /// Nothing.
+    Fixed,
 }
 
 /// How clients' connections are spoken before HTTP begins.
@@ -264,4 +276,19 @@ pub struct Traffic {
     pub websockets: usize,
     /// Connections to the engine that were refused or broke since the proxy's start.
     pub upstream_errors: u64,
+    /// Requests that may be open at present: the limit, or less while the engine can take no more.
+    pub room: usize,
+    /// What the engine last said of itself; none: it was not asked, or does not tell.
+    pub engine: Option<EngineLoad>,
+}
+
+/// The engine's own figures (`/v1/loads`), over all its ranks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineLoad {
+    /// Requests that it computes.
+    pub running: usize,
+    /// Requests in its own queue.
+    pub waiting: usize,
+    /// Of the KV cache, on the fullest rank.
+    pub kv_percent: u8,
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::EngineState;
+use super::{EngineLoad, EngineState};
 
 /// `GET /status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -91,6 +91,13 @@ pub struct Requests {
     /// Of those in flight: open WebSockets.
     #[serde(default)]
     pub websockets: usize,
+    /// That may be open at present: `max`, or less while the engine can take no more.
+    #[serde(default)]
+    pub room: usize,
+    /// What the engine says of itself, while requests are open; none: it was not asked yet, or does not
+    /// tell.
+    #[serde(default)]
+    pub engine: Option<EngineLoad>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -11,6 +11,7 @@ use http::StatusCode;
 
 use super::routes;
 use crate::admission::KeyId;
+use crate::link::EngineLoad;
 
 mod histogram;
 mod told;
@@ -163,6 +164,9 @@ pub struct Gauges {
     pub in_flight: usize,
     pub queued: usize,
     pub max: usize,
+    pub room: usize,
+    /// What the engine last said of itself.
+    pub engine: Option<EngineLoad>,
     pub target: usize,
     pub queue: usize,
     pub workers: usize,
@@ -202,6 +206,7 @@ pub fn page(workers: &[std::sync::Arc<Counters>], gauges: &Gauges, names: &[Stri
         ("requests_in_flight", "Requests open towards the engine.", gauges.in_flight),
         ("requests_queued", "Requests waiting for a place or for the engine.", gauges.queued),
         ("requests_max", "Requests open towards the engine at most (limits.max).", gauges.max),
+        ("requests_room", "Requests that may be open at present (limits.max, or what the engine takes).", gauges.room),
         ("requests_target", "Requests in flight that this node should carry (limits.target).", gauges.target),
         ("queue_max", "Requests that may wait (limits.queue).", gauges.queue),
         ("proxy_workers", "Worker threads.", gauges.workers),
@@ -209,6 +214,16 @@ pub fn page(workers: &[std::sync::Arc<Counters>], gauges: &Gauges, names: &[Stri
     ] {
         begin(&mut out, name, "gauge", help);
         line(&mut out, name, "", value as u64);
+    }
+    if let Some(load) = gauges.engine {
+        for (name, help, value) in [
+            ("engine_requests_running", "Requests that the engine computes, by its own figures.", load.running as u64),
+            ("engine_requests_waiting", "Requests in the engine's own queue.", load.waiting as u64),
+            ("engine_kv_percent", "KV cache in use on the fullest rank.", u64::from(load.kv_percent)),
+        ] {
+            begin(&mut out, name, "gauge", help);
+            line(&mut out, name, "", value);
+        }
     }
     for (name, help, pick) in
         [("key_places_open", "Places held, by key.", 1), ("key_requests_waiting", "Requests waiting, by key.", 2)]
@@ -325,8 +340,18 @@ mod tests {
             workers[1].answered(Label::REFUSED.of(key), StatusCode::TOO_MANY_REQUESTS);
         }
         let busy = vec![(KeyId(0), 1, 1), (KeyId(1), 3, 2), (KeyId(5000), 1, 0)];
-        let gauges =
-            Gauges { busy, in_flight: 1, queued: 2, max: 32, target: 10, queue: 64, workers: 2, keys_stale: 0 };
+        let gauges = Gauges {
+            busy,
+            room: 30,
+            engine: Some(EngineLoad { running: 9, waiting: 2, kv_percent: 41 }),
+            in_flight: 1,
+            queued: 2,
+            max: 32,
+            target: 10,
+            queue: 64,
+            workers: 2,
+            keys_stale: 0,
+        };
         let text = page(&workers, &gauges, &["", "ci", "a\\\"b"].map(str::to_owned));
         for line in [
             "sglangd_requests_total{route=\"own\",status=\"2xx\"} 2",
@@ -335,6 +360,9 @@ mod tests {
             r#"sglangd_requests_total{route="refused",status="4xx",key="a\\\"b"} 1"#,
             "sglangd_requests_total{route=\"refused\",status=\"4xx\",key=\"(others)\"} 1",
             "sglangd_requests_in_flight 1",
+            "sglangd_requests_room 30",
+            "sglangd_engine_requests_waiting 2",
+            "sglangd_engine_kv_percent 41",
             "sglangd_key_places_open{key=\"ci\"} 3",
             "sglangd_key_places_open{key=\"(others)\"} 1",
             "sglangd_key_requests_waiting{key=\"ci\"} 2",

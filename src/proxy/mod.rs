@@ -22,6 +22,7 @@ pub mod fuzzing;
 mod headers;
 mod http2;
 mod line;
+mod loads;
 mod metrics;
 pub mod peek;
 mod routes;

@@ -24,6 +24,7 @@ use super::direct::{self, Leave};
 use super::error::{Refusal, keep_alive};
 use super::headers::{self, BodyFraming, Credentials, Said};
 use super::line::{Ahead, Line, Upload};
+use super::loads;
 use super::metrics::Label;
 use super::peek::Stream;
 use super::routes::{self, Decision, Own, Protocol, Route};
@@ -184,6 +185,7 @@ async fn decide(call: Rc<Call>, parts: Parts, body: Upload, id: HeaderValue) -> 
         outgoing.look().await.map_err(|fault| explain(peer, &snapshot, fault.into()))?;
     }
     let (ticket, snapshot) = admit(peer, parts, call.caller, snapshot, &mut outgoing).await?;
+    loads::keep_looking(&peer.worker);
     let Some(upstream) = snapshot.engine.as_ref().and_then(|engine| engine.upstream.clone()) else {
         ticket.was_not_served();
         return Err(Refusal::engine(snapshot.engine.as_ref()).into());

@@ -11,13 +11,14 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::auth::{KeyRing, KeysFile, Roster};
+use super::loads::Loads;
 use super::metrics::{self, Counters, Gauges};
 use super::tap::Patience;
 use super::transport::counts::Counts;
 use super::transport::identity::Identity;
 use crate::admission::{Admission, Limits};
 use crate::keys::KeysError;
-use crate::link::{EngineView, Gate, ListenSettings, ProxySettings, Traffic};
+use crate::link::{EngineView, Gate, ListenSettings, ProxySettings, SizedBy, Traffic};
 
 /// Whether requests are admitted, and what becomes of those that were.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,6 +94,7 @@ pub struct Shared {
     pub connections: Counts,
     pub timings: Timings,
     pub supervision: Supervision,
+    pub loads: Loads,
     roster: Roster,
     /// What was said last, whether it could be lived by or not.
     wanted: Mutex<Wanted>,
@@ -116,6 +118,7 @@ fn no_settings() -> ProxySettings {
         max: 0,
         target: 0,
         queue: 0,
+        sizing: SizedBy::Fixed,
         queue_timeout_ms: 0,
         max_body: u64::MAX, // nothing is read before there is a place
         keys_file: None,
@@ -135,6 +138,7 @@ impl Shared {
             connections: Counts::default(),
             timings,
             supervision,
+            loads: Loads::default(),
             roster: Roster::default(),
             wanted: Mutex::new(wanted),
             workers: Mutex::default(),
@@ -213,14 +217,32 @@ impl Shared {
     }
 
     pub fn engine(&self, view: EngineView) {
-        let (gate, returns) = (view.state.gate(), view.will_return);
-        self.change(|snapshot| snapshot.engine = Some(view));
-        if self.snapshot().mode == Mode::Serving {
-            self.admission.set_gate(gate);
-            if gate == Gate::Closed && !returns {
-                self.admission.turn_everybody_away();
-            }
+        let before = self.snapshot();
+        let was = before.engine.as_ref().map(|view| &view.upstream);
+        if before.engine.is_none() && view.state.gate() == Gate::Open && self.sizing() == SizedBy::Engine {
+            self.loads.inherit();
+        } else if was != Some(&view.upstream) {
+            self.loads.forget();
+            self.admission.set_ceiling(usize::MAX);
         }
+        self.change(|snapshot| snapshot.engine = Some(view));
+        self.opened();
+    }
+
+    /// Opens or closes the way to the engine, by what is known of it.
+    pub fn opened(&self) {
+        let snapshot = self.snapshot();
+        let Some(view) = snapshot.engine.as_ref().filter(|_| snapshot.mode == Mode::Serving) else { return };
+        let gate = if self.loads.is_inheriting() { Gate::Closed } else { view.state.gate() };
+        self.admission.set_gate(gate);
+        if view.state.gate() == Gate::Closed && !view.will_return {
+            self.admission.turn_everybody_away();
+        }
+    }
+
+    /// What bounds the open requests beside their limit.
+    pub fn sizing(&self) -> SizedBy {
+        self.snapshot.borrow().settings.sizing
     }
 
     pub fn enter(&self, mode: Mode) {
@@ -268,6 +290,8 @@ impl Shared {
             served: sum(|w| &w.served),
             websockets: usize::try_from(sum(|w| &w.websockets)).unwrap_or(usize::MAX),
             upstream_errors: sum(|w| &w.upstream_errors),
+            room: counts.room,
+            engine: self.loads.seen(),
         }
     }
 
@@ -280,6 +304,8 @@ impl Shared {
             in_flight: counts.open,
             queued: counts.waiting,
             max: snapshot.settings.max,
+            room: counts.room,
+            engine: self.loads.seen(),
             target: snapshot.settings.target,
             queue: snapshot.settings.queue,
             workers: workers.len(),

@@ -28,6 +28,7 @@ use super::direct;
 use super::framing::MAX_HEAD;
 use super::http2;
 use super::line::{Line, Upload};
+use super::loads;
 use super::metrics::Counters;
 use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
@@ -127,6 +128,9 @@ pub fn run(shared: Arc<Shared>, counters: Arc<Counters>, listeners: Vec<Listener
         loop {
             let snapshot = changes.borrow_and_update().clone();
             worker.change(&snapshot);
+            if worker.shared.loads.is_inheriting() {
+                loads::keep_looking(&worker);
+            }
             if snapshot.mode == Mode::Closed || changes.changed().await.is_err() {
                 return Ok(());
             }

@@ -147,6 +147,8 @@ impl Facts<'_> {
                 target: self.config.limits.target,
                 served: self.half.traffic.served,
                 websockets: self.half.traffic.websockets,
+                room: self.half.traffic.room,
+                engine: self.half.traffic.engine,
             },
             proxy: ProxyStatus { pid: self.half.pid, restarts: self.half.restarts },
             weights: self.weights.cloned(),

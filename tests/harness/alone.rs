@@ -27,7 +27,9 @@ impl Process {
     pub fn alone(engine: SocketAddr, more: &[&str]) -> (Self, SocketAddr) {
         let addr = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let (listen, upstream) = (addr.to_string(), format!("http://{engine}"));
-        let process = Self::start(&[&["--listen", &listen, "--upstream", &upstream], more].concat());
+        // Scripts of fake engines expect the test's requests and no questions about their load.
+        let fixed = ["--listen", &listen, "--upstream", &upstream, "--set", "limits.sizing=fixed"];
+        let process = Self::start(&[&fixed, more].concat());
         eventually("the proxy listens", || std::net::TcpStream::connect(addr).is_ok());
         (process, addr)
     }

@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
 use sglangd::keys::hashed;
-use sglangd::link::{EngineState, EngineView, ListenSettings, ProxySettings, Upstream};
+use sglangd::link::{EngineState, EngineView, ListenSettings, ProxySettings, SizedBy, Upstream};
 use sglangd::proxy::{Listener, Patience, Proxy, Supervision, Timings};
 
 use super::engine::Engine;
@@ -20,6 +20,7 @@ pub fn settings() -> ProxySettings {
         max: 32,
         target: 10,
         queue: 16,
+        sizing: SizedBy::Fixed,
         queue_timeout_ms: 10_000,
         max_body: 1 << 20,
         keys_file: None,

@@ -7,7 +7,7 @@ use super::decode::Framing;
 use crate::proxy::headers;
 
 /// Longest head that the engine may send.
-const MAX_HEAD: usize = 64 * 1024;
+pub const MAX_HEAD: usize = 64 * 1024;
 const MAX_LINES: usize = 128;
 
 /// Whether the connection may carry another request.

@@ -3,6 +3,7 @@
 //! hyper's client is made for any server and keeps buffers for each stream; this one keeps none. It
 //! passes no judgement on requests and knows no client.
 
+pub mod ask;
 pub mod decode;
 pub mod exchange;
 pub mod head;

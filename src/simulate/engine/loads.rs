@@ -9,19 +9,42 @@ use super::requests::Engine;
 use crate::observe::clock;
 
 pub const VERSION: &str = "0.5.23";
+/// Size of the simulated KV cache.
+const KV_TOKENS: u64 = 65536;
 
+/// What the scheduler writes into shared memory after each batch: a rank that hangs goes on telling its
+/// last figures, with their time.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Snapshot {
+    pub timestamp: f64,
+    pub running: usize,
+    pub waiting: usize,
+    pub tokens: u64,
+}
+
+impl Snapshot {
+    pub fn of(engine: &Engine) -> Self {
+        let running = engine.running.load(Ordering::Relaxed);
+        Self { timestamp: clock::unix_time(), running, waiting: engine.waiting(), tokens: running as u64 * 128 }
+    }
+}
+
+/// The core section alone, whatever `include` asks for: the others depend on features that are not
+/// simulated.
 pub fn loads(engine: &Engine) -> Value {
-    let running = engine.running.load(Ordering::Relaxed);
+    let Snapshot { timestamp, running, waiting, tokens } = engine.figures();
+    let usage = tokens as f64 / KV_TOKENS as f64;
     json!({
         "timestamp": clock::now(), "version": VERSION, "accelerator": "simulated",
         "num_accelerators": engine.args.tp(),
         "loads": [{
-            "dp_rank": 0, "timestamp": clock::unix_seconds(), "num_running_reqs": running,
-            "num_waiting_reqs": engine.waiting(), "num_used_tokens": running * 128, "num_total_tokens": running * 128,
-            "max_total_num_tokens": 65536,
+            "timestamp": timestamp, "dp_rank": 0, "num_running_reqs": running, "num_waiting_reqs": waiting,
+            "num_waiting_uncached_tokens": waiting * 128, "num_used_tokens": tokens, "num_total_tokens": tokens,
+            "num_active_tokens": tokens, "num_prealloc_ready_tokens": 0, "max_total_num_tokens": KV_TOKENS,
             "max_running_requests": engine.args.number("max-running-requests").unwrap_or(48),
-            "token_usage": 0.0, "gen_throughput": engine.knobs.tokens_per_second * running as f64,
-            "cache_hit_rate": 0.0, "utilization": 0.0,
+            "token_usage": usage, "gen_throughput": engine.knobs.tokens_per_second * running as f64,
+            "cache_hit_rate": 0.0, "utilization": usage, "total_prefill_uncached_tokens": 0,
+            "total_prefill_busy_us": 0, "decode_moments": null,
         }],
     })
 }
@@ -37,7 +60,7 @@ pub fn metrics(engine: &Engine) -> String {
     let rows = [
         ("num_running_reqs", "gauge", "The number of running requests.", running),
         ("num_queue_reqs", "gauge", "The number of requests in the waiting queue.", engine.waiting() as u64),
-        ("max_total_num_tokens", "gauge", "Maximum total number of tokens in the KV cache pool.", 65536),
+        ("max_total_num_tokens", "gauge", "Maximum total number of tokens in the KV cache pool.", KV_TOKENS),
         ("prompt_tokens_total", "counter", "Number of prefill tokens processed.", total.prompt.load(Ordering::Relaxed)),
         (
             "generation_tokens_total",
@@ -72,6 +95,6 @@ pub fn server_info(engine: &Engine) -> Value {
     let mut info = engine.args.as_json();
     info.insert("status".into(), "ready".into());
     info.insert("version".into(), VERSION.into());
-    info.insert("max_total_num_tokens".into(), 65536.into());
+    info.insert("max_total_num_tokens".into(), KV_TOKENS.into());
     Value::Object(info)
 }

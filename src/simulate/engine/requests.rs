@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::args::Args;
 use super::knobs::Knobs;
+use super::loads::Snapshot;
 
 /// Prefills that may be handed over at once; more callers than this wait for a place in line.
 const PREFILLS: usize = 4096;
@@ -38,6 +39,7 @@ pub struct Engine {
     places: Arc<Semaphore>,
     prefills: mpsc::Sender<Prefill>,
     rids: Mutex<BTreeMap<String, CancellationToken>>,
+    figures: Mutex<Snapshot>,
 }
 
 #[derive(Debug, Default)]
@@ -73,6 +75,7 @@ impl Engine {
             places: Arc::new(Semaphore::new(places)),
             prefills,
             rids: Mutex::default(),
+            figures: Mutex::default(),
         };
         (Arc::new(engine), line)
     }
@@ -104,6 +107,20 @@ impl Engine {
 
     pub fn waiting(&self) -> usize {
         self.rids().len().saturating_sub(self.running.load(Ordering::Relaxed))
+    }
+
+    /// Writes down how busy it is, as the scheduler does after each batch.
+    pub fn publish(&self) {
+        let now = Snapshot::of(self);
+        *self.figures.lock().unwrap_or_else(PoisonError::into_inner) = now;
+    }
+
+    /// What was written down last; an idle scheduler writes all the time.
+    pub fn figures(&self) -> Snapshot {
+        if self.remaining().is_empty() {
+            self.publish();
+        }
+        *self.figures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends those whose id begins so (SGLang matches by prefix); none: all.

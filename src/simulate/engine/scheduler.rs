@@ -53,6 +53,7 @@ impl Scheduler {
         loop {
             self.running.retain(|slot| slot.strong_count() > 0);
             self.engine.running.store(self.running.len(), Ordering::Relaxed);
+            self.engine.publish();
             let idle = self.running.is_empty();
             tokio::select! {
                 biased;
