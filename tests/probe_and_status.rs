@@ -222,7 +222,7 @@ fn status(public: &str) -> Value {
         "model": {"name": "tiny", "repo": null, "revision": null, "commit": null, "path": "/m"},
         "engine": {"pid": 41, "version": "0.5.23", "started_at": null, "restarts": 0, "last_exit": null, "command": [],
             "port": 20001, "ranks": [{"name": "sglang::scheduler_TP0", "pid": 42}], "suspected_seconds": null},
-        "requests": {"in_flight": 0, "queued": 0, "max": 32, "target": 10, "served": 0},
+        "requests": {"in_flight": 0, "queued": 0, "max": 32, "target": 10, "served": 0, "websockets": 0},
         "proxy": {"pid": 40, "restarts": 0}, "weights": null,
         "listen": {"public": public, "admin": "127.0.0.1:8001", "admin_socket": null},
         "warnings": [], "uptime_seconds": 5, "config_files": [],

@@ -25,4 +25,5 @@ mod simulated_engine;
 mod sizing;
 mod stream_faults;
 mod tls_faults;
+mod websocket_faults;
 mod weights_faults;

@@ -292,6 +292,7 @@ mod tests {
                 max: 32,
                 target: 10,
                 served: 7,
+                websockets: 0,
                 room: 20,
                 engine: Some(load),
             },

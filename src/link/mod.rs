@@ -271,6 +271,9 @@ pub struct Traffic {
     pub last_request_ms: Option<u64>,
     /// Requests answered by the engine since the proxy's start.
     pub served: u64,
+    /// WebSockets open; each holds a place.
+    #[serde(default)]
+    pub websockets: usize,
     /// Connections to the engine that were refused or broke since the proxy's start.
     pub upstream_errors: u64,
     /// Requests that may be open at present: the limit, or less while the engine can take no more.

@@ -88,6 +88,9 @@ pub struct Requests {
     pub target: usize,
     /// Answered by the engine since the proxy's start.
     pub served: u64,
+    /// Of those in flight: open WebSockets.
+    #[serde(default)]
+    pub websockets: usize,
     /// That may be open at present: `max`, or less while the engine can take no more.
     #[serde(default)]
     pub room: usize,

@@ -176,7 +176,7 @@ mod tests {
             "advice": "", "model": {"name": "a \"b\"", "repo": null, "revision": null, "commit": null, "path": null},
             "engine": {"pid": null, "version": null, "started_at": null, "restarts": 2, "last_exit": null,
                        "command": [], "port": null, "ranks": [], "suspected_seconds": null},
-            "requests": {"in_flight": 0, "queued": 0, "max": 32, "target": 10, "served": 0},
+            "requests": {"in_flight": 0, "queued": 0, "max": 32, "target": 10, "served": 0, "websockets": 0},
             "proxy": {"pid": 7, "restarts": 0}, "weights": null,
             "listen": {"public": "", "admin": "", "admin_socket": null}, "warnings": [], "uptime_seconds": 3,
             "config_files": []

@@ -41,6 +41,9 @@ impl Leave {
 
     /// Only a stream is worth it, and only behind a request that is read to its end.
     pub fn with(self, response: &Response<Answer>) -> Self {
+        if matches!(response.body(), Answer::Tunnel(_)) {
+            return Self::Yes;
+        }
         let goes_on = !response.headers().contains_key(CONNECTION);
         if goes_on && response.body().is_endless() { self } else { Self::No }
     }
@@ -101,6 +104,13 @@ pub async fn write(tap: &mut Tap, wire: &Wire, response: Response<Answer>) -> Re
 
 fn begin(response: Response<Answer>) -> (Vec<u8>, Answer) {
     let (parts, answer) = response.into_parts();
+    let mut head = head(&parts);
+    head.extend_from_slice(b"transfer-encoding: chunked\r\n\r\n");
+    (head, answer)
+}
+
+/// Status line and fields, without the empty line behind them.
+pub fn head(parts: &http::response::Parts) -> Vec<u8> {
     let mut head = Vec::with_capacity(512);
     let status = parts.status;
     // Writing to a vector cannot fail.
@@ -116,8 +126,7 @@ fn begin(response: Response<Answer>) -> (Vec<u8>, Answer) {
         head.extend_from_slice(date::now().as_bytes());
         head.extend_from_slice(b"\r\n");
     }
-    head.extend_from_slice(b"transfer-encoding: chunked\r\n\r\n");
-    (head, answer)
+    head
 }
 
 const LAST_CHUNK: &[u8] = b"0\r\n\r\n";

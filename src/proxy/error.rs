@@ -36,6 +36,7 @@ pub struct Refusal {
     retry_after: Option<u64>,
     connection: Connection,
     allow: Option<&'static [Method]>,
+    fields: &'static [(&'static str, &'static str)],
     /// Beside `error` in the body.
     extra: Map<String, Value>,
 }
@@ -54,6 +55,7 @@ impl Refusal {
             retry_after: None,
             connection: Connection::Keep,
             allow: None,
+            fields: &[],
             extra: Map::new(),
         }
     }
@@ -113,6 +115,18 @@ impl Refusal {
     pub fn broken_body() -> Self {
         let message = "the request's body broke off or is malformed";
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", "broken_body", message).closing()
+    }
+
+    /// A request that should have asked for a WebSocket, and did not, or for another version.
+    pub fn upgrade_required(message: &str) -> Self {
+        let mut refusal = Self::new(StatusCode::UPGRADE_REQUIRED, "invalid_request_error", "upgrade_required", message);
+        refusal.fields = &[("upgrade", "websocket"), ("connection", "upgrade"), ("sec-websocket-version", "13")];
+        refusal
+    }
+
+    /// A request for a WebSocket that is not one.
+    pub fn no_websocket(message: &str) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", "malformed_request", message).closing()
     }
 
     pub fn queue_full(retry_after: Duration) -> Self {
@@ -242,6 +256,9 @@ impl Refusal {
         }
         if self.connection == Connection::Close {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        for (name, value) in self.fields {
+            headers.append(*name, HeaderValue::from_static(value));
         }
         if let Some(methods) = self.allow {
             let names: Vec<&str> = methods.iter().map(Method::as_str).collect();

@@ -100,6 +100,9 @@ pub struct Counters {
     /// Streams begun before the engine's head.
     pub early: AtomicU64,
     pub served: AtomicU64,
+    /// Open now.
+    pub websockets: AtomicU64,
+    pub websockets_total: AtomicU64,
     /// Milliseconds since the proxy's start, plus one; zero: never.
     pub last_byte: AtomicU64,
     pub last_request: AtomicU64,
@@ -128,6 +131,8 @@ impl Default for Counters {
             interrupted: zero(),
             early: zero(),
             served: zero(),
+            websockets: zero(),
+            websockets_total: zero(),
             last_byte: zero(),
             last_request: zero(),
         }
@@ -277,6 +282,8 @@ pub fn page(workers: &[std::sync::Arc<Counters>], gauges: &Gauges, names: &[Stri
             "Streams begun before the engine answered, to keep the connection alive.",
             sum(|w| &w.early),
         ),
+        ("websockets", "gauge", "WebSockets open.", sum(|w| &w.websockets)),
+        ("websockets_total", "counter", "WebSockets opened.", sum(|w| &w.websockets_total)),
         ("requests_served_total", "counter", "Requests answered by the engine to the end.", sum(|w| &w.served)),
     ] {
         begin(&mut out, name, kind, help);

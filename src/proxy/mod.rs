@@ -32,6 +32,7 @@ mod state;
 mod tap;
 mod transport;
 mod upstream;
+mod websocket;
 mod wire;
 mod worker;
 

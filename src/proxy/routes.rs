@@ -24,6 +24,15 @@ pub struct Route {
     pub name: &'static str,
     pub methods: &'static [Method],
     pub dialect: Dialect,
+    pub protocol: Protocol,
+}
+
+/// What the connection carries behind the request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    Http,
+    /// Once the engine has agreed.
+    WebSocket,
 }
 
 /// What is answered here, never by the engine.
@@ -46,15 +55,16 @@ pub enum Decision {
 }
 
 const GET: &[Method] = &[Method::GET, Method::HEAD];
+const ONLY_GET: &[Method] = &[Method::GET];
 const POST: &[Method] = &[Method::POST];
 const POST_PUT: &[Method] = &[Method::POST, Method::PUT];
 
 const fn route(name: &'static str, methods: &'static [Method], dialect: Dialect) -> Route {
-    Route { name, methods, dialect }
+    Route { name, methods, dialect, protocol: Protocol::Http }
 }
 
 /// Exact paths. A new one of the engine stays closed until it stands here.
-static EXACT: [Route; 28] = [
+static EXACT: [Route; 29] = [
     route("/v1/chat/completions", POST, Dialect::OpenAi),
     route("/v1/completions", POST, Dialect::OpenAi),
     route("/v1/responses", POST, Dialect::Responses),
@@ -71,6 +81,7 @@ static EXACT: [Route; 28] = [
     route("/v1/detokenize", POST, Dialect::OpenAi),
     route("/detokenize", POST, Dialect::OpenAi),
     route("/v1/audio/transcriptions", POST, Dialect::OpenAi),
+    Route { protocol: Protocol::WebSocket, ..route("/v1/realtime", ONLY_GET, Dialect::OpenAi) },
     route("/v1/models", GET, Dialect::OpenAi),
     route("/generate", POST_PUT, Dialect::OpenAi),
     route("/encode", POST_PUT, Dialect::OpenAi),
@@ -142,7 +153,6 @@ static FORBIDDEN: &[&str] = &[
     "/stop_profile",
     "/open_session",
     "/close_session",
-    "/v1/realtime",
 ];
 static FORBIDDEN_PREFIXES: &[&str] = &[
     "/metrics/",

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, TRANSFER_ENCODING};
 use http::request::Parts;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, Version};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version};
 use tokio::time::{Instant, sleep_until};
 
 use super::answer::{Answer, Early, Work, head};
@@ -27,9 +27,10 @@ use super::line::{Ahead, Line, Upload};
 use super::loads;
 use super::metrics::Label;
 use super::peek::Stream;
-use super::routes::{self, Decision, Own, Route};
+use super::routes::{self, Decision, Own, Protocol, Route};
 use super::state::{Mode, Snapshot, Supervision};
-use super::upstream::exchange::{BodyFault, Failure, Outgoing, exchange};
+use super::upstream::exchange::{BodyFault, Failure, Outgoing, Upgrade, exchange};
+use super::websocket;
 use super::wire::Scheme;
 use super::worker::Worker;
 use crate::admission::{Bound, Caller, Refused, Ticket};
@@ -171,6 +172,10 @@ async fn decide(call: Rc<Call>, parts: Parts, body: Upload, id: HeaderValue) -> 
     {
         return Err(Refusal::too_large(snapshot.settings.max_body).into());
     }
+    let websocket = match call.route.protocol {
+        Protocol::Http => None,
+        Protocol::WebSocket => Some(websocket::asked(&peer.line, parts, framing)?),
+    };
     let patience = peer.worker.shared.timings.client.body;
     let mut outgoing = Outgoing::new(Rc::clone(&call), body, framing, snapshot.settings.max_body, patience);
     // Who asks before it sends its body is told to go on only once there is a place.
@@ -185,16 +190,26 @@ async fn decide(call: Rc<Call>, parts: Parts, body: Upload, id: HeaderValue) -> 
         ticket.was_not_served();
         return Err(Refusal::engine(snapshot.engine.as_ref()).into());
     };
-    let head = request_head(peer, parts, &snapshot, &upstream, &id, framing);
+    let mut head = request_head(peer, parts, &snapshot, &upstream, &id, framing);
+    let upgrade = if websocket.is_some() { Upgrade::Asked } else { Upgrade::No };
+    if upgrade == Upgrade::Asked {
+        head.splice(head.len() - 2.., websocket::FIELDS.iter().copied());
+    }
     let worker = &peer.worker;
     let since = Instant::now();
-    let asking = exchange(&worker.pool, &worker.counters, upstream.addr, &parts.method, &head, &mut outgoing);
+    let asking =
+        exchange(&worker.pool, &worker.counters, upstream.addr, (&parts.method, upgrade), &head, &mut outgoing);
     let outcome = watched(peer, asking).await;
     worker.counters.bytes_in.fetch_add(outgoing.taken(), Relaxed);
     match outcome {
         Ok(Ok(answered)) => {
             worker.counters.first_byte.observe(since.elapsed());
-            Ok(head::relay(&call, answered, ticket, &upstream))
+            match &websocket {
+                Some(asked) if answered.head.status == StatusCode::SWITCHING_PROTOCOLS => {
+                    Ok(websocket::open(&call, asked, answered, ticket)?)
+                }
+                _ => Ok(head::relay(&call, answered, ticket, &upstream)),
+            }
         }
         Ok(Err(failure)) => {
             ticket.was_not_served();

@@ -52,6 +52,8 @@ pub struct Timings {
     /// by the beginning of an answer that the engine has not begun. Well below what balancers and
     /// gateways allow a silent connection (60 s mostly).
     pub keep_alive: Duration,
+    /// A WebSocket in which no message passes for this long is closed: it holds a place.
+    pub websocket_idle: Duration,
     /// A supervisor that said nothing for this long is stuck: it speaks each second.
     pub supervisor_silence: Duration,
     /// Handshakes that one worker has under way at most.
@@ -64,6 +66,7 @@ impl Default for Timings {
             client: Patience::default(),
             engine_silence: Duration::from_mins(15),
             keep_alive: Duration::from_secs(15),
+            websocket_idle: Duration::from_mins(10),
             supervisor_silence: Duration::from_secs(10),
             handshakes: 512,
         }
@@ -285,6 +288,7 @@ impl Shared {
             last_byte_ms: ago(|w| &w.last_byte),
             last_request_ms: ago(|w| &w.last_request),
             served: sum(|w| &w.served),
+            websockets: usize::try_from(sum(|w| &w.websockets)).unwrap_or(usize::MAX),
             upstream_errors: sum(|w| &w.upstream_errors),
             room: counts.room,
             engine: self.loads.seen(),

@@ -160,6 +160,11 @@ impl Tap {
         self.checker.between_requests() && self.stopped == Stopped::No
     }
 
+    /// What was read and is nobody's yet. Nothing is checked from here on.
+    pub fn into_unread(self) -> Vec<u8> {
+        self.held
+    }
+
     /// Whether nothing has ever come.
     fn is_fresh(&self) -> bool {
         self.held.is_empty() && self.checker.between_requests() && !self.wire.was_asked()

@@ -38,6 +38,7 @@ use super::transport::identity::ALPN_HTTP2;
 use super::transport::listener::{Accepting, Listener};
 use super::transport::socket::Socket;
 use super::upstream::Pool;
+use super::websocket;
 use super::wire::Wire;
 use crate::link::Http2;
 
@@ -280,6 +281,11 @@ async fn speak_http1(worker: &Rc<Worker>, client: &Rc<Wire>, address: Option<IpA
         };
         let http1::Parts { io, read_buf, .. } = connection.into_parts();
         tap = io;
+        if let Answer::Tunnel(_) = response.body() {
+            let unread = [&read_buf[..], &tap.into_unread()].concat();
+            Box::pin(websocket::carry(client, *response, unread)).await;
+            return;
+        }
         if let Err(error) = direct::write(&mut tap, client, *response).await {
             tracing::debug!(%error, "a stream ended early");
             return;

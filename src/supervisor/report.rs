@@ -146,6 +146,7 @@ impl Facts<'_> {
                 max: self.config.limits.max,
                 target: self.config.limits.target,
                 served: self.half.traffic.served,
+                websockets: self.half.traffic.websockets,
                 room: self.half.traffic.room,
                 engine: self.half.traffic.engine,
             },

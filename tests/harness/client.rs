@@ -200,6 +200,11 @@ impl Client {
         self
     }
 
+    /// The next so many bytes, whatever they are.
+    pub fn take(&mut self, count: usize) -> Vec<u8> {
+        self.bytes(count).unread.drain(..count).collect()
+    }
+
     /// Forgets what has come.
     pub fn forget(&mut self) -> &mut Self {
         self.unread.clear();

@@ -155,10 +155,10 @@ impl Connection {
         Some(head)
     }
 
-    /// Reads so many bytes behind a head.
-    pub fn bytes(&mut self, count: usize) {
+    /// The next so many bytes; fewer when the proxy closes first.
+    pub fn take(&mut self, count: usize) -> Vec<u8> {
         while self.unread.len() < count && self.more() > 0 {}
-        self.unread.drain(..count.min(self.unread.len()));
+        self.unread.drain(..count.min(self.unread.len())).collect()
     }
 
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {

@@ -28,6 +28,8 @@ pub use early::{Early, Work};
 use parting::Parting;
 pub use relay::{Relay, Shape, Source};
 
+use super::websocket::Tunnel;
+
 /// Why hyper is told to break the connection.
 #[derive(Debug, thiserror::Error)]
 pub enum Interrupted {
@@ -50,6 +52,8 @@ pub enum Answer {
     Engine(Box<Relay>),
     /// Will not be whole; its last event is on its way.
     Parting(Box<Parting>),
+    /// No answer of HTTP: see [`super::websocket`].
+    Tunnel(Box<Tunnel>),
     Broken,
 }
 
@@ -81,7 +85,7 @@ impl Body for Answer {
         loop {
             let (next, call) = match this {
                 Self::Own(body) => return Poll::Ready(body.take().map(|bytes| Ok(Frame::data(bytes)))),
-                Self::Broken => return Poll::Ready(None),
+                Self::Broken | Self::Tunnel(_) => return Poll::Ready(None),
                 Self::Parting(parting) => match ready!(parting.poll(cx)) {
                     Ok(event) => return Poll::Ready(Some(Ok(Frame::data(event)))),
                     Err(why) => {
@@ -112,7 +116,7 @@ impl Body for Answer {
         match self {
             Self::Own(body) => body.is_none(),
             Self::Engine(relay) => relay.is_complete(),
-            Self::Early(_) | Self::Parting(_) | Self::Broken => false,
+            Self::Early(_) | Self::Parting(_) | Self::Tunnel(_) | Self::Broken => false,
         }
     }
 
@@ -120,7 +124,7 @@ impl Body for Answer {
         match self {
             Self::Own(body) => SizeHint::with_exact(body.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Self::Engine(relay) => relay.size_hint(),
-            Self::Early(_) | Self::Parting(_) | Self::Broken => SizeHint::default(),
+            Self::Early(_) | Self::Parting(_) | Self::Tunnel(_) | Self::Broken => SizeHint::default(),
         }
     }
 }

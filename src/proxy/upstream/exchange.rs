@@ -290,12 +290,19 @@ pub enum Sent {
     Partly,
 }
 
+/// Whether the engine may answer 101, which makes something else of the connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Upgrade {
+    Asked,
+    No,
+}
+
 /// Says the request and waits for the answer's head, however long the engine thinks.
 pub async fn exchange(
     pool: &Pool,
     counters: &Counters,
     engine: SocketAddr,
-    method: &Method,
+    (method, upgrade): (&Method, Upgrade),
     head: &[u8],
     body: &mut Outgoing,
 ) -> Result<Answered, Failure> {
@@ -308,7 +315,7 @@ pub async fn exchange(
             counters.upstream_connects.fetch_add(1, Relaxed);
             connect(engine).await.map_err(Failure::Unreachable)?
         };
-        match attempt(stream, method, head, body).await {
+        match attempt(stream, (method, upgrade), head, body).await {
             Ok(answered) => return Ok(answered),
             Err(Broke { failure: Failure::Broken(_), answer: Begun::No })
                 if history == History::Reused && since.elapsed() < RACE && body.rewind().is_some() =>
@@ -344,10 +351,15 @@ enum SendFault {
     Client(BodyFault),
 }
 
-async fn attempt(stream: TcpStream, method: &Method, head: &[u8], body: &mut Outgoing) -> Result<Answered, Broke> {
+async fn attempt(
+    stream: TcpStream,
+    asked: (&Method, Upgrade),
+    head: &[u8],
+    body: &mut Outgoing,
+) -> Result<Answered, Broke> {
     let mut answer = Answer { bytes: Vec::new(), begun: Begun::No };
     let (outcome, sent) = {
-        let mut reading = pin!(poll_fn(|cx| answer.poll_head(&stream, cx, method)));
+        let mut reading = pin!(poll_fn(|cx| answer.poll_head(&stream, cx, asked)));
         let sending = pin!(send(&stream, head, body));
         tokio::select! {
             biased;
@@ -382,7 +394,7 @@ impl Answer {
         &mut self,
         stream: &TcpStream,
         cx: &mut Context<'_>,
-        method: &Method,
+        asked: (&Method, Upgrade),
     ) -> Poll<Result<(Head, Vec<u8>), Failure>> {
         loop {
             let found = ready!(with_buffer(|buffer| {
@@ -392,14 +404,14 @@ impl Answer {
                 }
                 self.begun = Begun::Yes;
                 if self.bytes.is_empty() {
-                    let found = whole(&buffer[..read], method)?;
+                    let found = whole(&buffer[..read], asked)?;
                     if found.is_none() {
                         self.bytes.extend_from_slice(&buffer[..read]);
                     }
                     return Poll::Ready(Ok(found));
                 }
                 self.bytes.extend_from_slice(&buffer[..read]);
-                Poll::Ready(whole(&self.bytes, method).map_err(Failure::from))
+                Poll::Ready(whole(&self.bytes, asked).map_err(Failure::from))
             }))?;
             if let Some(found) = found {
                 return Poll::Ready(Ok(found));
@@ -409,14 +421,14 @@ impl Answer {
 }
 
 /// The final head in `bytes` and what stands behind it; interim answers are skipped.
-fn whole(mut bytes: &[u8], method: &Method) -> Result<Option<(Head, Vec<u8>)>, BadHead> {
+fn whole(mut bytes: &[u8], (method, upgrade): (&Method, Upgrade)) -> Result<Option<(Head, Vec<u8>)>, BadHead> {
     loop {
         let Some(head) = head::parse(bytes, method)? else { return Ok(None) };
         let rest = &bytes[head.length..];
         match head.status.as_u16() {
             // Nobody asked for an upgrade: what follows would be tunnelled unseen (CVE-2026-2833).
-            101 => return Err(BadHead::Field("status (an upgrade that nobody asked for)")),
-            100..200 => bytes = rest,
+            101 if upgrade == Upgrade::No => return Err(BadHead::Field("status (an upgrade that nobody asked for)")),
+            100 | 102..200 => bytes = rest,
             _ => return Ok(Some((head, rest.to_vec()))),
         }
     }

@@ -1,6 +1,6 @@
 //! The engine's answer's head: parsed with httparse, stripped of what belongs to the connection.
 
-use http::header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 
 use super::decode::Framing;
@@ -24,6 +24,8 @@ pub struct Head {
     /// None: there is no body (HEAD, 204, 304), whatever the headers say.
     pub framing: Option<Framing>,
     pub reuse: Reuse,
+    /// What the connection is to become.
+    pub upgrade: Option<HeaderValue>,
     /// Length of the head in bytes.
     pub length: usize,
 }
@@ -52,6 +54,7 @@ pub fn parse(bytes: &[u8], method: &Method) -> Result<Option<Head>, BadHead> {
     let mut reuse = if response.version == Some(1) { Reuse::Yes } else { Reuse::No };
     let mut body_length = None;
     let mut coding = None;
+    let mut upgrade = None;
     let mut headers = HeaderMap::with_capacity(response.headers.len() + 4);
     for line in response.headers.iter() {
         let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| BadHead::Field("header name"))?;
@@ -71,12 +74,16 @@ pub fn parse(bytes: &[u8], method: &Method) -> Result<Option<Head>, BadHead> {
                 return Err(BadHead::Field("Content-Length"));
             }
         }
+        let value = || HeaderValue::from_bytes(line.value).map_err(|_| BadHead::Field("header value"));
+        if name == UPGRADE {
+            upgrade = Some(value()?);
+        }
         if !headers::is_hop_by_hop(&name) && name != CONTENT_LENGTH {
-            let value = HeaderValue::from_bytes(line.value).map_err(|_| BadHead::Field("header value"))?;
-            headers.append(name, value);
+            headers.append(name, value()?);
         }
     }
-    let bodiless = *method == Method::HEAD || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED;
+    let bodiless = *method == Method::HEAD
+        || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED | StatusCode::SWITCHING_PROTOCOLS);
     let framing = match (coding, body_length) {
         (Some(coding), _) if coding.eq_ignore_ascii_case(b"chunked") => Framing::Chunked,
         (Some(_), _) => return Err(BadHead::Field("Transfer-Encoding")),
@@ -92,7 +99,7 @@ pub fn parse(bytes: &[u8], method: &Method) -> Result<Option<Head>, BadHead> {
     {
         headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
     }
-    Ok(Some(Head { status, headers, framing: (!bodiless).then_some(framing), reuse, length }))
+    Ok(Some(Head { status, headers, framing: (!bodiless).then_some(framing), reuse, upgrade, length }))
 }
 
 #[cfg(test)]
