@@ -7,13 +7,15 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, sleep_until};
 
 use super::{CERTIFICATE_LOOK, KEYS_LOOK, Listener, Proxy, ProxyError, Supervision, Timings};
 use crate::link::{Down, LinkError, Traffic, Up, split};
 
 /// How often the facts are looked at; sent when they changed.
 const LOOK: Duration = Duration::from_millis(100);
+/// The same while no request is open: an idle proxy wakes once a second, not ten times.
+const AT_REST: Duration = Duration::from_secs(1);
 /// How often they are sent when nothing changed.
 const REPEAT: Duration = Duration::from_secs(1);
 /// A supervisor says what it knows at once. One that does not is stuck, and clients are told so.
@@ -52,8 +54,7 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
     let (mut down, mut up) = split(link)?;
     let hello = Up::Hello { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned() };
     up.send(&hello).await?;
-    let mut look = interval(LOOK);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut look_at = Instant::now();
     let (mut warned, mut certificate_seen) = (Vec::new(), Instant::now());
     let (mut sent, mut sent_at): (Option<Traffic>, Instant) = (None, Instant::now());
     let mut keys = KeysNews::default();
@@ -86,7 +87,8 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
                     Down::Heartbeat => {}
                 }
             }
-            _ = look.tick() => {
+            () = proxy.stirred() => look_at = Instant::now(),
+            () = sleep_until(look_at) => {
                 if certificate_seen.elapsed() >= CERTIFICATE_LOOK {
                     certificate_seen = Instant::now();
                     proxy.look_at_certificate();
@@ -106,7 +108,14 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
                         up.send(&news).await?;
                     }
                 }
-                let traffic = proxy.traffic();
+                let mut traffic = proxy.traffic();
+                let rests = unheard.is_none() && is_idle(&traffic);
+                if rests {
+                    // First the wish to be woken, then the look: no request falls in between.
+                    proxy.rest();
+                    traffic = proxy.traffic();
+                }
+                look_at = Instant::now() + if rests { AT_REST } else { LOOK };
                 if sent.is_none_or(|sent| changed(&sent, &traffic)) || sent_at.elapsed() >= REPEAT {
                     up.send(&Up::Traffic(traffic)).await?;
                     (sent, sent_at) = (Some(traffic), Instant::now());
@@ -147,6 +156,10 @@ impl KeysNews {
 
 /// Whether anything but the passing of time differs: an age that grew says nothing new, one that
 /// did not is a byte or a request since.
+fn is_idle(traffic: &Traffic) -> bool {
+    traffic.in_flight == 0 && traffic.queued == 0 && traffic.open_answers == 0 && traffic.websockets == 0
+}
+
 fn changed(before: &Traffic, now: &Traffic) -> bool {
     let fresh = |before: Option<u64>, now: Option<u64>| match (before, now) {
         (Some(before), Some(now)) => now <= before,

@@ -25,6 +25,7 @@ mod line;
 mod loads;
 mod metrics;
 pub mod peek;
+mod rest;
 mod routes;
 mod service;
 mod sse;
@@ -167,6 +168,16 @@ impl Proxy {
     /// Ends what is open, saying why.
     pub fn cut_streams(&self, reason: String) {
         self.shared.enter(Mode::Cut(reason));
+    }
+
+    /// Waits for the first request since [`Self::rest`].
+    async fn stirred(&self) {
+        self.shared.rest.stirred().await;
+    }
+
+    /// Nobody looks at the traffic for a while.
+    fn rest(&self) {
+        self.shared.rest.begin();
     }
 
     pub fn traffic(&self) -> Traffic {

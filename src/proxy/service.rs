@@ -70,6 +70,7 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
     let now = Instant::now();
     let counters = &peer.worker.counters;
     counters.last_request.store(peer.worker.stamp(now), Relaxed);
+    peer.worker.shared.rest.stir();
     let (parts, body) = request.into_parts();
     let leave = Leave::after(&parts);
     let id = headers::request_id(&parts);

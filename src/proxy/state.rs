@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::auth::{KeyRing, KeysFile, Roster};
 use super::loads::Loads;
 use super::metrics::{self, Counters, Gauges};
+use super::rest::Rest;
 use super::tap::Patience;
 use super::transport::counts::Counts;
 use super::transport::identity::Identity;
@@ -95,6 +96,7 @@ pub struct Shared {
     pub timings: Timings,
     pub supervision: Supervision,
     pub loads: Loads,
+    pub rest: Rest,
     roster: Roster,
     /// What was said last, whether it could be lived by or not.
     wanted: Mutex<Wanted>,
@@ -139,6 +141,7 @@ impl Shared {
             timings,
             supervision,
             loads: Loads::default(),
+            rest: Rest::default(),
             roster: Roster::default(),
             wanted: Mutex::new(wanted),
             workers: Mutex::default(),

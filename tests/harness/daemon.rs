@@ -333,9 +333,18 @@ impl Daemon {
         .await
     }
 
-    /// Ready, and the process that says so is the one that was asked.
+    /// Ready, on the status page and for clients: the proxy hears of it a moment later.
     pub async fn is_ready(&mut self, within: Duration) -> Value {
-        self.reaches(&["ready"], within).await
+        let status = self.reaches(&["ready"], within).await;
+        self.until("clients are let through", within, async |daemon| (!daemon.refuses_clients().await).then_some(()))
+            .await;
+        status
+    }
+
+    /// Whether the public port says 503. One that speaks TLS, or is a Unix socket, says nothing here.
+    pub async fn refuses_clients(&self) -> bool {
+        let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(2)).build().unwrap();
+        client.get(self.url("/ready")).send().await.is_ok_and(|answer| answer.status() == 503)
     }
 
     /// Like [`eventually`], but ends early, with the log, when the daemon does.

@@ -99,7 +99,7 @@ pub async fn replaces(daemon: &mut Daemon, engine: i32) -> Value {
         .until("another engine is ready", SOON, async |daemon| {
             let status = daemon.status().await?;
             let ready = text_at(&status, "/state") == "ready" && engine_pid(&status) != engine;
-            ready.then_some(status)
+            (ready && !daemon.refuses_clients().await).then_some(status)
         })
         .await
 }
