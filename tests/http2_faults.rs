@@ -375,9 +375,9 @@ fn b05_what_waits_for_a_reader_is_bounded_and_the_engine_feels_it() {
         front.holds(4, 0);
         for stream in [1, 3, 5, 7] {
             assert_eq!(client.answer(stream).end, End::Reset(CANCEL));
-            // Within the sockets' buffers and ours; fifty millions would be all of it.
+            // Two pieces of a read buffer each; fifty millions would be all of it.
             let passed = front.metric("sglangd_response_bytes_total").unwrap();
-            assert!(passed < 4.0 * 1_000_000.0, "{passed} bytes were taken for a reader that takes none");
+            assert!(passed <= 4.0 * 128.0 * 1024.0, "{passed} bytes were taken for readers that take none");
         }
         eventually("the engine felt it", || engine.broken() == 4);
         assert!(resident().saturating_sub(before) < 16 * 1024);

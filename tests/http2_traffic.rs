@@ -484,6 +484,37 @@ fn d02_a_cut_by_us_is_told_to_each_stream_of_a_connection() {
     eventually("the engine's connections are closed", || engine.closed() == 2);
 }
 
+#[test]
+fn d05_a_stream_that_waits_is_kept_alive_and_a_late_refusal_is_an_event() {
+    let (engine, release) = stepped(|connection, gate| {
+        connection.request();
+        gate.pass();
+        connection.send(json("400 Bad Request", "{\"message\":\"too long\"}"));
+    });
+    let timings = Timings { keep_alive: Duration::from_millis(50), ..Timings::default() };
+    let front = Front::with(&engine, settings(), timings);
+    let mut client = Client::connect(front.addr);
+    client.send(post(1, CHAT, "{\"stream\":true}"));
+    client.until_text(1, ": keep-alive\n\n: keep-alive");
+    release.send(()).unwrap();
+    let answer = client.answer(1);
+    assert!(answer.text().contains("too long") && !answer.text().contains("[DONE]"), "{}", answer.text());
+    assert_eq!(answer.end, End::Reset(INTERNAL_ERROR));
+    front.holds(0, 0);
+}
+
+#[test]
+fn e02_a_websocket_over_http2_is_refused_in_words() {
+    let engine = thinking();
+    let front = Front::of(&engine);
+    let mut client = Client::connect(front.addr);
+    client.send(get(1, "/v1/realtime"));
+    let answer = client.answer(1);
+    assert_eq!((answer.status, answer.end), (400, End::Complete));
+    assert!(answer.text().contains("WebSocket"), "{}", answer.text());
+    assert_eq!(engine.connections(), 0);
+}
+
 // ------------------------------------------------------------------ clocks
 
 #[test]
