@@ -25,6 +25,7 @@ use super::routes::{self, Decision};
 use super::sse::{Grammar, Scanner, Words};
 use super::upstream::decode::{Decoder, Framing, Malformed};
 use super::upstream::head as engine_head;
+use super::websocket::frames::{Frames, Kind};
 
 /// What the checker lets through, hyper takes for the same requests, or refuses: never for more of
 /// them, and never with a longer body, which is how a request hides behind another.
@@ -178,4 +179,28 @@ fn scanned(grammar: Grammar, bytes: &[u8], step: usize) -> (u64, bool, bool) {
     let events = bytes.chunks(step).map(|piece| scanner.scan(piece)).sum();
     assert_eq!(events, scanner.events());
     (events, scanner.is_between_events(), scanner.is_done())
+}
+
+/// A WebSocket's frames end at the same bytes, however they are cut; the first byte says where.
+pub fn frames(bytes: &[u8]) {
+    let Some((&first, bytes)) = bytes.split_first() else { return };
+    let whole = frame_ends(bytes, bytes.len().max(1));
+    assert_eq!(whole, frame_ends(bytes, 1), "cut at each byte");
+    assert_eq!(whole, frame_ends(bytes, 1 + usize::from(first)), "cut each {} bytes", 1 + usize::from(first));
+}
+
+fn frame_ends(bytes: &[u8], step: usize) -> Vec<(usize, Kind)> {
+    let (mut frames, mut found, mut at) = (Frames::default(), Vec::new(), 0);
+    for piece in bytes.chunks(step) {
+        let end = at + piece.len();
+        while at < end {
+            let passed = frames.pass(&bytes[at..end]);
+            assert!(passed > 0, "no progress");
+            at += passed;
+            if frames.is_between() {
+                found.push((at, frames.kind()));
+            }
+        }
+    }
+    found
 }

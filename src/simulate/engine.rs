@@ -15,6 +15,7 @@ mod loads;
 mod logline;
 mod model;
 mod rank;
+mod realtime;
 mod requests;
 mod routes;
 mod scheduler;

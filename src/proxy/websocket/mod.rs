@@ -9,7 +9,7 @@
 //!                                      └─ any other answer: relayed, the connection stays HTTP
 //! ```
 
-mod frames;
+pub mod frames;
 mod handshake;
 mod tunnel;
 

@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 
 use super::knobs::Fault;
 use super::requests::Engine;
-use super::{logline, routes};
+use super::{logline, realtime, routes};
 
 /// Uvicorn's keep-alive: idle connections are closed after this.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
@@ -98,7 +98,8 @@ async fn connection(mut stream: TcpStream, peer: SocketAddr, engine: Arc<Engine>
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(KEEP_ALIVE)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
     tokio::pin!(connection);
     tokio::select! {
         _ = connection.as_mut() => {}
@@ -112,6 +113,13 @@ async fn connection(mut stream: TcpStream, peer: SocketAddr, engine: Arc<Engine>
 async fn answer(engine: &Arc<Engine>, peer: SocketAddr, request: Request<Incoming>) -> Response<Answer> {
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
+    // The real engine's keys are asked for by a middleware that sees no WebSocket.
+    if realtime::is_asked(&request) {
+        let response = realtime::open(engine, request);
+        let outcome = if response.status() == StatusCode::SWITCHING_PROTOCOLS { "[accepted]" } else { "403" };
+        logline::say(None, format!("INFO:     {peer} - \"WebSocket {path}\" {outcome}"));
+        return response;
+    }
     let mut response = match guard(engine, &method, &path, request.headers().get(header::AUTHORIZATION)) {
         Ok(()) => routes::route(engine, request).await,
         Err(refusal) => *refusal,

@@ -77,6 +77,8 @@ pub enum Fault {
     CloseStdio,
     /// The port is found taken after the load.
     BusyPort,
+    /// `/v1/realtime` is refused with 403.
+    RefuseWebsocket,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -178,6 +180,7 @@ impl Fault {
             "cuda_oom" => Self::CudaOom,
             "close_stdio" => Self::CloseStdio,
             "busy_port" => Self::BusyPort,
+            "refuse_websocket" => Self::RefuseWebsocket,
             _ => return Err(KnobError::Unknown(name.to_owned())),
         })
     }
