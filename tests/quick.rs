@@ -27,3 +27,4 @@ mod stream_faults;
 mod tls_faults;
 mod websocket_faults;
 mod weights_faults;
+mod weights_ranges;

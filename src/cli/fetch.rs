@@ -3,6 +3,7 @@
 
 mod show;
 
+use std::num::{NonZeroU16, NonZeroU64};
 use std::path::PathBuf;
 
 use clap::Args;
@@ -10,18 +11,21 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::exit::Exit;
 use crate::config::folders::Folders;
-use crate::config::{Color, Download, LogFormat, WhenMissing, load};
+use crate::config::{Color, Download, IoPriority, LogFormat, WhenMissing, load, units};
 use crate::engine::flags::FlagTable;
 use crate::engine::inspect;
 use crate::engine::resolve::resolve;
 use crate::observe::logging;
 use crate::supervisor::acquire;
-use crate::weights::{self, FetchError, Progress, RepoRequest, Request, Retry, Settings, Snapshot};
+use crate::sys::priority::{self, DiskClass};
+use crate::weights::{self, FetchError, Progress, RepoRequest, Request, Retry, Settings, Snapshot, Tuning};
 
 use show::Show;
 
-/// Workers of the runtime: streams and their bookkeeping; disk and hashing have threads of their own.
-const WORKERS: usize = 2;
+/// Workers of the runtime beside one a connection: a connection writes and hashes where it stands, and the others must
+/// go on while one waits for the disk. More than these wait in turn.
+const SPARE_WORKERS: usize = 2;
+const MOST_WORKERS: usize = 16;
 
 #[derive(Debug, Args)]
 pub struct FetchArgs {
@@ -36,6 +40,12 @@ pub struct FetchArgs {
     /// The hub's address [default: HF_ENDPOINT, else the public hub].
     #[arg(long, value_name = "URL")]
     pub endpoint: Option<String>,
+    /// Connections at once [default: 8].
+    #[arg(long, value_name = "N")]
+    pub connections: Option<NonZeroU16>,
+    /// Most bytes a second of all connections together, like 500MB.
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub max_rate: Option<NonZeroU64>,
     /// Only say what would be fetched.
     #[arg(long)]
     pub plan: bool,
@@ -69,7 +79,6 @@ pub fn run(args: FetchArgs) -> Exit {
             return Exit::Usage;
         }
     };
-    let _log = logging::init(LogFormat::Text, show.log_level());
     let request = match request(&args) {
         Ok(request) => request,
         Err((message, exit)) => {
@@ -77,7 +86,15 @@ pub fn run(args: FetchArgs) -> Exit {
             return exit;
         }
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build();
+    let stepped_back = step_back(&request.tuning);
+    let _log = logging::init(LogFormat::Text, show.log_level());
+    if let Err(error) = stepped_back {
+        // Fetching matters more than how politely.
+        tracing::warn!(%error, "weights.nice or weights.ioprio could not be set");
+    }
+    let connections = request.tuning.connections.map_or(weights::CONNECTIONS, |n| n.get().into());
+    let workers = (connections + SPARE_WORKERS).min(MOST_WORKERS);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -106,6 +123,22 @@ pub fn run(args: FetchArgs) -> Exit {
     runtime.shutdown_background();
     show.clear();
     conclude(ended, &mut show, args.json)
+}
+
+/// Behind an engine that serves on the same node. Before there are threads: each has a priority of its own.
+fn step_back(tuning: &Tuning) -> std::io::Result<()> {
+    let nice = tuning.nice.map_or(Ok(()), priority::set_nice);
+    let disk = tuning.ioprio.map_or(Ok(()), |class| {
+        priority::set_disk_class(match class {
+            IoPriority::BestEffort => DiskClass::LastOfBestEffort,
+            IoPriority::Idle => DiskClass::Idle,
+        })
+    });
+    nice.and(disk)
+}
+
+fn rate(text: &str) -> Result<NonZeroU64, String> {
+    NonZeroU64::new(units::size(text)?).ok_or_else(|| "at least 1 byte a second".to_owned())
 }
 
 fn conclude(ended: Ended, show: &mut Show, json: bool) -> Exit {
@@ -170,6 +203,7 @@ fn request(args: &FetchArgs) -> Result<Request, (String, Exit)> {
         cache: args.cache.clone(),
         endpoint: args.endpoint.clone(),
         download: Download::Auto,
+        tuning: Tuning { connections: args.connections, max_rate: args.max_rate, ..Tuning::default() },
     })
 }
 
@@ -194,5 +228,7 @@ fn configured(args: &FetchArgs) -> Result<Request, (String, Exit)> {
     if args.endpoint.is_some() {
         request.endpoint.clone_from(&args.endpoint);
     }
+    request.tuning.connections = args.connections.or(request.tuning.connections);
+    request.tuning.max_rate = args.max_rate.or(request.tuning.max_rate);
     Ok(request)
 }

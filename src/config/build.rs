@@ -1,6 +1,7 @@
 //! What was said becomes a checked [`Config`]: types, bounds, and values that exclude each other.
 
 use std::collections::BTreeMap;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,8 +12,8 @@ use super::layers::{Layers, Said};
 use super::source::{self, Place, SourceKind};
 use super::values::{endpoint, model_name, repo, whole};
 use super::{
-    Auth, Config, Download, Engine, Flags, Health, Limits, LogFormat, Model, ModelSource, Observe, OnGiveUp, Restart,
-    Shutdown, SizedBy, Start, UnknownFlags, Weights, units,
+    Auth, Config, Download, Engine, Flags, Health, IoPriority, Limits, LogFormat, Model, ModelSource, Observe,
+    OnGiveUp, Restart, Shutdown, SizedBy, Start, UnknownFlags, Weights, units,
 };
 
 /// The least grace: streams are cut 8 s and everything is killed 2 s before its end.
@@ -49,6 +50,19 @@ impl<'a> Builder<'a> {
                 download: self.choice("weights.download", &[("auto", Download::Auto), ("never", Download::Never)]),
                 cache: self.path("weights.cache"),
                 endpoint: self.optional("weights.endpoint", endpoint),
+                connections: self.value("weights.connections", |text| {
+                    let said = whole(text, 1, 256)?;
+                    NonZeroU16::try_from(said as u16).map_err(|error| error.to_string())
+                }),
+                max_rate: self.optional("weights.max_rate", |text| {
+                    NonZeroU64::new(units::size(text)?).ok_or_else(|| "at least 1 byte a second".to_owned())
+                }),
+                xet_memory: self.optional("weights.xet_memory", units::size),
+                nice: self.value("weights.nice", |text| whole(text, 0, 19).map(|n| n as i32)),
+                ioprio: self.choice(
+                    "weights.ioprio",
+                    &[("none", None), ("best-effort", Some(IoPriority::BestEffort)), ("idle", Some(IoPriority::Idle))],
+                ),
             },
             engine: Engine {
                 command: self.words("engine.command"),

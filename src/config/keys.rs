@@ -39,6 +39,11 @@ pub const KEYS: &[Key] = &[
     scalar("weights.download", "auto", "`auto` or `never`"),
     unset("weights.cache", "a folder: the Hugging Face cache"),
     unset("weights.endpoint", "the hub's address: https://HOST"),
+    scalar("weights.connections", "8", "a number from 1 to 256"),
+    unset("weights.max_rate", "bytes a second, like 500MB"),
+    unset("weights.xet_memory", "a size, like 2GiB"),
+    scalar("weights.nice", "10", "a number from 0 to 19"),
+    scalar("weights.ioprio", "none", "`none`, `best-effort` or `idle`"),
     Key {
         path: "engine.command",
         shape: Shape::Words,

@@ -20,6 +20,7 @@ mod values;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -71,6 +72,25 @@ pub struct Weights {
     pub cache: Option<PathBuf>,
     /// The hub's address; none: `HF_ENDPOINT`, else the public hub.
     pub endpoint: Option<String>,
+    /// Open at once, over all files.
+    pub connections: NonZeroU16,
+    /// Bytes a second, of all connections together.
+    pub max_rate: Option<NonZeroU64>,
+    /// Bytes of xet's buffers; none: a share of the machine's memory.
+    pub xet_memory: Option<u64>,
+    /// Of the fetcher alone.
+    pub nice: i32,
+    pub ioprio: Option<IoPriority>,
+}
+
+/// A process's class of disk access, as far as anybody may lower it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoPriority {
+    /// The lowest of the usual class.
+    BestEffort,
+    /// Only when nobody else wants the disk.
+    Idle,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,7 +1,9 @@
 //! A hub on this machine that speaks as much of the Hugging Face Hub's protocol as hf-hub and huggingface_hub need, for the
 //! demo and for tests: any repository's name is answered with the same files. It misbehaves on request ([`Fault`]).
-//! Has no xet and no uploads, checks no token (a fault refuses), and binds nothing itself.
+//! Of xet it has the address of a store that somebody else runs. Has no uploads, checks no token (a fault refuses), and
+//! binds nothing itself.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
@@ -67,6 +69,16 @@ pub struct Options {
     pub cdn: Option<TcpListener>,
     /// Entries of one page of a listing; zero: the hub's own 1000.
     pub page: usize,
+    /// Where the content of some files is kept besides.
+    pub xet: Option<XetStore>,
+}
+
+/// A content-addressed store and what it knows of the files.
+#[derive(Debug, Clone, Default)]
+pub struct XetStore {
+    pub url: String,
+    /// The hash by which it knows a file, by the file's name.
+    pub files: BTreeMap<String, String>,
 }
 
 /// One way to misbehave.
@@ -154,6 +166,7 @@ pub(super) struct State {
     pub cdn: Option<SocketAddr>,
     pub latency: Duration,
     pub page: usize,
+    pub xet: Option<XetStore>,
     rate: Option<u64>,
     /// When the next byte may leave, if there is a rate.
     free_at: Mutex<Instant>,
@@ -181,6 +194,7 @@ impl Hub {
             cdn,
             latency: options.latency,
             page: if options.page == 0 { 1000 } else { options.page },
+            xet: options.xet,
             rate: options.rate,
             free_at: Mutex::new(Instant::now()),
             faults: Mutex::default(),

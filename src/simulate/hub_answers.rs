@@ -16,6 +16,7 @@ use super::model::{ModelFile, Storage};
 enum Asked {
     Info { repo: String, revision: String },
     Tree { repo: String, revision: String },
+    XetRight { repo: String },
     Resolve { revision: String, file: String },
     Cdn { commit: String, file: String },
     Nothing,
@@ -24,7 +25,9 @@ enum Asked {
 pub(super) async fn answer(request: &Request<Incoming>, state: &Arc<State>) -> Response<Body> {
     let asked = take_apart(request.uri().path());
     let (route, name) = match &asked {
-        Asked::Info { repo, .. } | Asked::Tree { repo, .. } => (Some(Route::Api), repo.clone()),
+        Asked::Info { repo, .. } | Asked::Tree { repo, .. } | Asked::XetRight { repo } => {
+            (Some(Route::Api), repo.clone())
+        }
         Asked::Resolve { file, .. } => (Some(Route::Resolve), file.clone()),
         Asked::Cdn { file, .. } => (Some(Route::Cdn), file.clone()),
         Asked::Nothing => (None, String::new()),
@@ -64,6 +67,7 @@ pub(super) async fn answer(request: &Request<Incoming>, state: &Arc<State>) -> R
         Asked::Tree { revision, .. } => {
             tree(state, &revision, request.uri().query().unwrap_or(""), request.uri().path()).await
         }
+        Asked::XetRight { .. } => xet_right(state),
         Asked::Resolve { revision, file } => resolve(request, state, &revision, &file, fault).await,
         Asked::Cdn { commit, file } => match find(state, &commit, &file) {
             Some((commit, file)) => {
@@ -84,6 +88,9 @@ fn take_apart(path: &str) -> Asked {
     if let Some(rest) = path.strip_prefix("/api/models/") {
         if let Some((repo, revision)) = rest.split_once("/tree/") {
             return Asked::Tree { repo: decode(repo), revision: decode(revision) };
+        }
+        if let Some((repo, _)) = rest.split_once("/xet-read-token/") {
+            return Asked::XetRight { repo: decode(repo) };
         }
         let (repo, revision) = rest.split_once("/revision/").unwrap_or((rest, "main"));
         return Asked::Info { repo: decode(repo), revision: decode(revision) };
@@ -172,6 +179,9 @@ async fn tree(state: &State, revision: &str, query: &str, path: &str) -> Respons
                 entry["lfs"] = serde_json::json!({ "oid": oid, "size": file.size, "pointerSize": 135 });
             }
         }
+        if let Some(hash) = state.xet.as_ref().and_then(|store| store.files.get(&file.name)) {
+            entry["xetHash"] = hash.as_str().into();
+        }
         entries.push(entry);
     }
     let next = cursor + entries.len();
@@ -180,6 +190,16 @@ async fn tree(state: &State, revision: &str, query: &str, path: &str) -> Respons
         put(&mut answer, LINK.as_str(), &format!("<{path}?recursive=true&cursor={next}>; rel=\"next\""));
     }
     answer
+}
+
+/// Where the store is, and a right to read there.
+fn xet_right(state: &State) -> Response<Body> {
+    let Some(store) = &state.xet else { return text(404, "text/plain", "no such page") };
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let right = serde_json::json!({
+        "accessToken": "a-right-to-read", "exp": now.as_secs() + 3600, "casUrl": store.url,
+    });
+    text(200, "application/json", right.to_string())
 }
 
 async fn resolve(

@@ -15,7 +15,9 @@ use crate::engine::inspect;
 use crate::engine::resolve::{Resolved, resolve};
 use crate::exit::Exit;
 use crate::launch::spawner::Spawner;
-use crate::weights::{Pickles, Progress, RepoRequest, Request, Snapshot, Wanted, request_from_config};
+use crate::weights::{
+    Pickles, Progress, RepoRequest, Request, Snapshot, Wanted, request_from_config, tuning_from_config,
+};
 
 /// What the later steps of a start need from this one.
 #[derive(Debug, Clone)]
@@ -101,6 +103,7 @@ pub fn request(config: &Config, resolved: &Resolved) -> Option<Request> {
             cache: config.weights.cache.clone(),
             endpoint: config.weights.endpoint.clone(),
             download: config.weights.download,
+            tuning: tuning_from_config(config),
         }),
     }
 }

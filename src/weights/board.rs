@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::plan::{Action, RemoteFile};
+use super::plan::{Action, FetchPlan, RemoteFile};
 use super::progress::{FileProgress, Meter, Progress};
 
 /// Most a stream waits beyond the hub's pause, so that not all of them knock at once.
@@ -16,11 +16,25 @@ const SCATTER_MS: u64 = 250;
 
 #[derive(Debug)]
 pub struct Board {
+    total: u64,
+    done: AtomicU64,
+    /// Bytes that were there and are read once, and how many of finished files were.
+    to_prove: AtomicU64,
+    proved: AtomicU64,
+    /// Those that somebody is at just now: a repository may have 100,000.
     files: Mutex<Vec<Arc<FileBoard>>>,
+    begun: watch::Sender<Begun>,
     /// No request to the hub before this.
     open_at: Mutex<Instant>,
     gained: Mutex<Instant>,
     notes: mpsc::Sender<(String, String)>,
+}
+
+/// Whether a file waits that nobody is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Begun {
+    Some,
+    All,
 }
 
 #[derive(Debug)]
@@ -31,8 +45,6 @@ struct FileBoard {
     /// Bytes read to prove a file that was there.
     proved: Arc<AtomicU64>,
     to_prove: AtomicU64,
-    /// How many tasks are at it just now.
-    shown: AtomicU64,
 }
 
 /// One file's place on the board.
@@ -44,21 +56,40 @@ pub struct Slot {
 
 /// While it lives, the file is among those shown.
 #[derive(Debug)]
-pub struct Shown(Arc<FileBoard>);
+pub struct Shown(Slot);
 
 impl Drop for Shown {
     fn drop(&mut self) {
-        self.0.shown.fetch_sub(1, Ordering::Relaxed);
+        let Slot { file, board } = &self.0;
+        locked(&board.files).retain(|other| !Arc::ptr_eq(other, file));
+        board.proved.fetch_add(file.proved.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 }
 
 impl Board {
-    pub fn new(notes: mpsc::Sender<(String, String)>) -> Self {
+    pub fn new<'a>(notes: mpsc::Sender<(String, String)>, plans: impl Iterator<Item = &'a FetchPlan>) -> Self {
         let now = Instant::now();
-        Self { files: Mutex::default(), open_at: Mutex::new(now), gained: Mutex::new(now), notes }
+        let (mut total, mut done, mut to_prove) = (0, 0, 0);
+        for plan in plans {
+            total += plan.bytes_total();
+            done += plan.bytes_present();
+            to_prove += plan.files.iter().filter(|f| f.action == Action::Verify).map(|f| f.file.size).sum::<u64>();
+        }
+        Self {
+            total,
+            done: AtomicU64::new(done),
+            to_prove: AtomicU64::new(to_prove),
+            proved: AtomicU64::new(0),
+            files: Mutex::default(),
+            begun: watch::Sender::new(Begun::Some),
+            open_at: Mutex::new(now),
+            gained: Mutex::new(now),
+            notes,
+        }
     }
 
-    pub fn slot(self: &Arc<Self>, remote: &RemoteFile, action: Action) -> Slot {
+    /// Somebody is at this file from now on, until the second one is dropped.
+    pub fn slot(self: &Arc<Self>, remote: &RemoteFile, action: Action) -> (Slot, Shown) {
         let done = match action {
             Action::Keep | Action::Verify => remote.size,
             Action::Fetch { from } => from,
@@ -69,18 +100,18 @@ impl Board {
             done: AtomicU64::new(done),
             proved: Arc::default(),
             to_prove: AtomicU64::new(if action == Action::Verify { remote.size } else { 0 }),
-            shown: AtomicU64::new(0),
         });
         locked(&self.files).push(file.clone());
-        Slot { file, board: self.clone() }
+        let slot = Slot { file, board: self.clone() };
+        (slot.clone(), Shown(slot))
     }
 
     pub fn done(&self) -> u64 {
-        locked(&self.files).iter().map(|f| f.done.load(Ordering::Relaxed)).sum()
+        self.done.load(Ordering::Relaxed)
     }
 
     pub fn total(&self) -> u64 {
-        locked(&self.files).iter().map(|f| f.size).sum()
+        self.total
     }
 
     /// The report of this moment.
@@ -91,7 +122,7 @@ impl Board {
         let (rate_bytes_per_s, eta_seconds, pace) = meter.read(now, done);
         let files = locked(&self.files)
             .iter()
-            .filter(|f| f.shown.load(Ordering::Relaxed) > 0 && f.done.load(Ordering::Relaxed) < f.size)
+            .filter(|f| f.done.load(Ordering::Relaxed) < f.size)
             .map(|f| FileProgress { name: f.name.clone(), done: f.done.load(Ordering::Relaxed), total: f.size })
             .collect();
         Progress::Bytes { done, total: self.total(), rate_bytes_per_s, eta_seconds, pace, files }
@@ -100,20 +131,27 @@ impl Board {
     /// How far the reading of what was there is; none: nothing is read.
     pub fn verifying(&self) -> Option<Progress> {
         let files = locked(&self.files);
-        let at_it = |f: &&Arc<FileBoard>| {
-            let read = f.proved.load(Ordering::Relaxed);
-            f.shown.load(Ordering::Relaxed) > 0 && read < f.to_prove.load(Ordering::Relaxed)
-        };
-        let file = files.iter().find(at_it)?.name.clone();
-        let done = files.iter().map(|f| f.proved.load(Ordering::Relaxed)).sum();
-        let total = files.iter().map(|f| f.to_prove.load(Ordering::Relaxed)).sum();
-        Some(Progress::Verifying { done, total, file })
+        let read = |f: &FileBoard| f.proved.load(Ordering::Relaxed);
+        let file = files.iter().find(|f| read(f) < f.to_prove.load(Ordering::Relaxed))?.name.clone();
+        let done = self.proved.load(Ordering::Relaxed) + files.iter().map(|f| read(f)).sum::<u64>();
+        Some(Progress::Verifying { done, total: self.to_prove.load(Ordering::Relaxed), file })
     }
 
     /// Somebody else holds the file's lock.
     pub fn waiting(&self, file: &str, holder: &str) {
         // A full channel means that nobody reads just now; the bar says enough.
         let _ = self.notes.try_send((file.to_owned(), holder.to_owned()));
+    }
+
+    /// No file waits any more: what is free now may help where others are at it.
+    pub fn all_begun(&self) {
+        self.begun.send_replace(Begun::All);
+    }
+
+    /// Passes when no file waits that nobody is at.
+    pub async fn until_all_begun(&self) {
+        // The sender is ours and lives as long as we do.
+        let _ = self.begun.subscribe().wait_for(|begun| *begun == Begun::All).await;
     }
 
     /// Passes when the hub may be asked.
@@ -141,18 +179,18 @@ impl Board {
 }
 
 impl Slot {
-    pub fn get(&self) -> u64 {
-        self.file.done.load(Ordering::Relaxed)
-    }
-
     pub fn set(&self, done: u64) {
-        if self.file.done.swap(done, Ordering::Relaxed) < done {
+        let before = self.file.done.swap(done, Ordering::Relaxed);
+        // Wraps where the file lost bytes: the sum is right all the same.
+        self.board.done.fetch_add(done.wrapping_sub(before), Ordering::Relaxed);
+        if before < done {
             self.gain();
         }
     }
 
     pub fn add(&self, bytes: u64) {
         self.file.done.fetch_add(bytes, Ordering::Relaxed);
+        self.board.done.fetch_add(bytes, Ordering::Relaxed);
         self.gain();
     }
 
@@ -163,13 +201,9 @@ impl Slot {
     /// The counter of a reading that proves this file.
     pub fn verifying(&self) -> Arc<AtomicU64> {
         self.file.proved.store(0, Ordering::Relaxed);
-        self.file.to_prove.store(self.file.size, Ordering::Relaxed);
+        let before = self.file.to_prove.swap(self.file.size, Ordering::Relaxed);
+        self.board.to_prove.fetch_add(self.file.size - before, Ordering::Relaxed);
         self.file.proved.clone()
-    }
-
-    pub fn shown(&self) -> Shown {
-        self.file.shown.fetch_add(1, Ordering::Relaxed);
-        Shown(self.file.clone())
     }
 }
 
@@ -181,15 +215,35 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::plan::{Hash, Transport};
+
+    fn board() -> Arc<Board> {
+        Arc::new(Board::new(mpsc::channel(1).0, std::iter::empty()))
+    }
 
     #[tokio::test(start_paused = true)]
     async fn h03_one_streams_pause_holds_all_and_the_longest_wins() {
-        let board = Board::new(mpsc::channel(1).0);
+        let board = board();
         board.hold_hub(Duration::from_secs(20));
         board.hold_hub(Duration::from_secs(1));
         let begun = Instant::now();
         board.hub_open().await;
         let waited = begun.elapsed();
         assert!(waited >= Duration::from_secs(20) && waited < Duration::from_secs(21), "{waited:?}");
+    }
+
+    #[tokio::test]
+    async fn h13_a_file_is_on_the_board_only_while_somebody_is_at_it_and_its_bytes_stay_counted() {
+        let board = board();
+        let remote = RemoteFile { name: "a".into(), size: 100, hash: Hash::Unknown, transport: Transport::Http };
+        let (slot, shown) = board.slot(&remote, Action::Fetch { from: 0 });
+        slot.add(60);
+        slot.set(0);
+        slot.add(100);
+        slot.verifying().store(100, Ordering::Relaxed);
+        assert_eq!(locked(&board.files).len(), 1);
+        drop(shown);
+        assert_eq!((locked(&board.files).len(), board.done()), (0, 100));
+        assert_eq!(board.proved.load(Ordering::Relaxed), board.to_prove.load(Ordering::Relaxed));
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! models--owner--name/blobs/HASH                     the bytes, named by the hub's hash
-//! models--owner--name/blobs/HASH.incomplete          the first bytes of it
+//! models--owner--name/blobs/HASH.incomplete          its first bytes, by another tool
+//! models--owner--name/blobs/HASH.sglangd.incomplete  bytes of it, and beside it (.ranges.incomplete) which
 //! models--owner--name/snapshots/COMMIT/FILE          -> ../../blobs/HASH
 //! models--owner--name/refs/main                      COMMIT
 //! models--owner--name/.sglangd-complete-COMMIT.json  ours: what was proved, and when
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::error::FetchError;
 use super::name;
 use super::plan::{Hash, Present, RemoteFile};
+use super::write::{self, Paths};
 
 /// Whether the cache may be written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,8 +85,14 @@ impl RepoCache {
         self.dir().join("blobs").join(hash.hex())
     }
 
-    pub fn incomplete(&self, hash: &Hash) -> PathBuf {
-        self.dir().join("blobs").join(format!("{}.incomplete", hash.hex()))
+    /// Where a blob grows.
+    pub fn growing(&self, hash: &Hash) -> Paths {
+        let beside = |end: &str| self.dir().join("blobs").join(format!("{}.{end}", hash.hex()));
+        Paths {
+            data: beside("sglangd.incomplete"),
+            journal: beside("sglangd.ranges.incomplete"),
+            foreign: beside("incomplete"),
+        }
     }
 
     pub fn lock(&self, hash: &Hash) -> PathBuf {
@@ -134,7 +142,7 @@ impl RepoCache {
                 return Present::Whole(meta.len());
             }
         }
-        fs::metadata(self.incomplete(&file.hash)).map_or(Present::No, |meta| Present::Part(meta.len()))
+        write::left(&self.growing(&file.hash), file.size).map_or(Present::No, Present::Part)
     }
 
     /// Where the bytes of a file that is there are: the snapshot's, else the blob's.

@@ -1,12 +1,12 @@
 //! The order of a fetch: prepare (resolve, list, plan, preflight: nothing is written), then the files, several at
 //! once, then the ref and the marker. How one file comes is `transfer`'s.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
@@ -16,8 +16,10 @@ use super::error::{FetchError, bytes};
 use super::hub::{Fault, Hub, Scope};
 use super::plan::{self, Action, FetchPlan, Hash, Present, RemoteFile, Transport};
 use super::progress::{Meter, Progress, Snapshot};
+use super::rate::Rate;
 use super::settings::{Network, Settings};
 use super::transfer::{Repo, backoff};
+use super::xet::Xet;
 use super::{RepoRequest, Request, local, name};
 
 /// Between two reports.
@@ -247,66 +249,66 @@ fn preflight(planned: &[PlannedRepo], settings: &Settings) -> Result<(), FetchEr
     Ok(())
 }
 
-/// Fetches and verifies all files of all repositories, as many at once as there are connections.
+/// One content to be brought or proved, with all the names it has.
+struct Job {
+    repo: usize,
+    /// Places in the plan; the first one stands for all.
+    files: Vec<usize>,
+}
+
+/// Fetches and verifies all files of all repositories over as many connections as there are places.
 async fn run(
     planned: &[PlannedRepo],
     settings: &Settings,
     report: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<(), FetchError> {
     let (notes, mut heard) = mpsc::channel(NOTES);
-    let board = Arc::new(Board::new(notes));
+    let board = Arc::new(Board::new(notes, planned.iter().map(|p| &p.plan)));
     let places = Arc::new(Semaphore::new(settings.connections.max(1)));
-    let mut tasks = JoinSet::new();
-    for repo in planned {
-        let shared = repo.hub.as_ref().map(|hub| {
-            Arc::new(Repo {
+    let rate = Arc::new(Rate::new(settings.max_rate));
+    let shared: Vec<Option<Arc<Repo>>> = planned
+        .iter()
+        .map(|repo| {
+            let hub = repo.hub.as_ref()?;
+            Some(Arc::new(Repo {
                 id: repo.request.repo.clone(),
                 commit: repo.plan.commit.clone(),
                 cache: repo.cache.clone(),
                 hub: hub.clone(),
+                xet: Xet::default(),
                 settings: settings.clone(),
                 board: board.clone(),
-            })
-        });
-        for (file, names, action) in by_content(&repo.plan) {
-            let slot = board.slot(&file, action);
-            if action == Action::Keep {
-                continue;
-            }
-            let (places, cache, commit) = (places.clone(), repo.cache.clone(), repo.plan.commit.clone());
-            let (shared, access, request) = (shared.clone(), repo.access, repo.request.clone());
-            tasks.spawn(async move {
-                let _place = places.acquire_owned().await.expect("the semaphore is never closed");
-                let _shown = slot.shown();
-                match &shared {
-                    Some(repo) if access == Access::ReadWrite => {
-                        let right = action == Action::Verify && repo.keep_if_right(&file, &slot).await?;
-                        if !right {
-                            repo.bring(&file, &slot).await?;
-                        }
-                    }
-                    _ => prove(&request, &cache, &commit, &file, &slot, access).await?,
-                }
-                for name in names {
-                    if access == Access::ReadWrite {
-                        cache.link(&commit, &RemoteFile { name, ..file.clone() })?;
-                    }
-                }
-                Ok::<(), FetchError>(())
-            });
-        }
-    }
+                rate: rate.clone(),
+                places: places.clone(),
+            }))
+        })
+        .collect();
+    let mut jobs: VecDeque<Job> =
+        planned.iter().enumerate().flat_map(|(at, repo)| by_content(at, &repo.plan)).collect();
+    // What is fetched needs no place while its tail is hashed, so a few more are at it than there are connections.
+    let most = 2 * settings.connections.max(1);
+    let mut tasks = JoinSet::new();
     let mut meter = Meter::new(Instant::now(), board.done(), board.total());
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        if jobs.is_empty() {
+            board.all_begun();
+            if tasks.is_empty() {
+                report(board.bytes(&mut meter));
+                return Ok(());
+            }
+        }
         tokio::select! {
-            ended = tasks.join_next() => match ended {
-                None => {
-                    report(board.bytes(&mut meter));
-                    return Ok(());
+            place = places.clone().acquire_owned(), if !jobs.is_empty() && tasks.len() < most => {
+                let place = place.expect("the semaphore is never closed");
+                if let Some(job) = jobs.pop_front() {
+                    let (repo, shared) = (&planned[job.repo], shared[job.repo].clone());
+                    tasks.spawn(bring_or_prove(repo, shared, &job, &board, place));
                 }
-                Some(Ok(Ok(()))) => {}
+            }
+            ended = tasks.join_next(), if !tasks.is_empty() => match ended {
+                None | Some(Ok(Ok(()))) => {}
                 // The others stop where they are; what they fetched is continued next time.
                 Some(Ok(Err(error))) => return Err(error),
                 Some(Err(join)) => return Err(FetchError::Disk { path: settings.cache.clone(), source: std::io::Error::other(join) }),
@@ -322,9 +324,42 @@ async fn run(
     }
 }
 
+/// What is to be done about one content; owns all it needs, since it outlives the borrow of the plan.
+fn bring_or_prove(
+    repo: &PlannedRepo,
+    shared: Option<Arc<Repo>>,
+    job: &Job,
+    board: &Arc<Board>,
+    place: OwnedSemaphorePermit,
+) -> impl Future<Output = Result<(), FetchError>> + Send + 'static {
+    let first = &repo.plan.files[job.files[0]];
+    let (file, action) = (first.file.clone(), first.action);
+    let names: Vec<String> = job.files.iter().map(|&at| repo.plan.files[at].file.name.clone()).collect();
+    let (cache, commit, access) = (repo.cache.clone(), repo.plan.commit.clone(), repo.access);
+    let (id, board) = (repo.request.repo.clone(), board.clone());
+    async move {
+        let (slot, _shown) = board.slot(&file, action);
+        match &shared {
+            Some(repo) if access == Access::ReadWrite => {
+                let right = action == Action::Verify && repo.keep_if_right(&file, &slot).await?;
+                if !right {
+                    repo.bring(&file, &slot, place).await?;
+                }
+            }
+            _ => prove(&id, &cache, &commit, &file, &slot, access).await?,
+        }
+        for name in names {
+            if access == Access::ReadWrite {
+                cache.link(&commit, &RemoteFile { name, ..file.clone() })?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Without the hub, or in a cache that cannot be mended: the file is right, or it is named.
 async fn prove(
-    request: &RepoRequest,
+    id: &str,
     cache: &RepoCache,
     commit: &str,
     file: &RemoteFile,
@@ -345,11 +380,11 @@ async fn prove(
     Err(match access {
         Access::ReadOnly => FetchError::ReadOnly {
             cache: cache.root.clone(),
-            repo: request.repo.clone(),
+            repo: id.to_owned(),
             missing: vec![format!("{} (its content is wrong)", file.name)],
         },
         Access::ReadWrite => FetchError::Corrupt {
-            repo: request.repo.clone(),
+            repo: id.to_owned(),
             file: file.name.clone(),
             attempts: 1,
             expected: file.hash.hex().to_owned(),
@@ -358,21 +393,21 @@ async fn prove(
     })
 }
 
-/// Files with the same content are one blob, fetched once; each keeps its names.
-fn by_content(plan: &FetchPlan) -> Vec<(RemoteFile, Vec<String>, Action)> {
-    let mut order: Vec<(RemoteFile, Vec<String>, Action)> = Vec::new();
-    let mut place: HashMap<(String, Action), usize> = HashMap::new();
-    for planned in &plan.files {
-        let key = (planned.file.hash.hex().to_owned(), planned.action);
+/// Files with the same content are one blob, fetched once; each keeps its names. What is proved needs nothing.
+fn by_content(repo: usize, plan: &FetchPlan) -> Vec<Job> {
+    let mut jobs: Vec<Job> = Vec::new();
+    let mut place: HashMap<(&str, Action), usize> = HashMap::new();
+    for (at, planned) in plan.files.iter().enumerate().filter(|(_, planned)| planned.action != Action::Keep) {
+        let key = (planned.file.hash.hex(), planned.action);
         match place.get(&key) {
-            Some(&at) if !key.0.is_empty() => order[at].1.push(planned.file.name.clone()),
+            Some(&job) if !key.0.is_empty() => jobs[job].files.push(at),
             _ => {
-                place.insert(key, order.len());
-                order.push((planned.file.clone(), vec![planned.file.name.clone()], planned.action));
+                place.insert(key, jobs.len());
+                jobs.push(Job { repo, files: vec![at] });
             }
         }
     }
-    order
+    jobs
 }
 
 impl PlannedRepo {

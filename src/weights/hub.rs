@@ -1,17 +1,19 @@
-//! The hub as seen from here: a revision's commit, a commit's files, a file's bytes from an offset. hf-hub speaks the
-//! protocol and carries bytes; what it gets wrong or leaves out is put right here. Retries nothing and writes nothing.
+//! The hub as seen from here: a revision's commit, a commit's files, and what its refusals mean. Retries nothing and
+//! writes nothing. A file's bytes are `content`'s and `xet`'s.
 //!
-//! Own requests are made for the listing alone: hf-hub 1.0.0 reads `lfs.sha256` from the tree API, which calls it
-//! `lfs.oid`, so its listing has no hash to verify against, and it follows a `Link` to any host with the token.
+//! hf-hub resolves the revision. Own requests are made for the listing (hf-hub 1.0.0 reads `lfs.sha256` from the tree
+//! API, which calls it `lfs.oid`, so its listing has no hash to verify against, and it follows a `Link` to any host
+//! with the token) and for the bytes (it drops the headers of refusals and does not tell 200 from 206).
 
 use std::net::IpAddr;
 use std::pin::Pin;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use hf_hub::{HFClient, HFError, split_id};
-use reqwest::header::{ACCEPT, LINK};
+use reqwest::header::{ACCEPT, HeaderMap, LINK, RETRY_AFTER};
 use reqwest::redirect::{Attempt, Policy};
 use reqwest::{StatusCode, Url};
 use serde::Deserialize;
@@ -29,6 +31,9 @@ const CONNECT: Duration = Duration::from_secs(10);
 const LARGEST_PAGE: usize = 32 << 20;
 /// Files in a repository before its listing is called a mistake.
 const MOST_FILES: usize = 1_000_000;
+
+/// What the TLS library says of a certificate outside its time.
+const CLOCK: [&str; 4] = ["NotValidYet", "not valid yet", "certificate expired", "Expired"];
 
 /// What went wrong with one attempt.
 #[derive(Debug)]
@@ -61,55 +66,67 @@ impl Fault {
     }
 }
 
-/// Bytes of one file, from an offset to its end.
+/// Bytes of one file, a range of them in order.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes, Fault>> + Send>>;
 
+/// Cheap to make: a client, with its certificates, only comes into being with the first request.
 #[derive(Debug, Clone)]
 pub struct Hub {
-    client: HFClient,
-    http: reqwest::Client,
-    endpoint: Url,
-    settings: Settings,
+    http: OnceLock<reqwest::Client>,
+    pub(super) endpoint: Url,
+    pub(super) settings: Settings,
 }
 
 impl Hub {
     pub fn new(settings: &Settings) -> Result<Self, FetchError> {
         let bad = |why| FetchError::BadRequest { what: "the hub's address", value: settings.endpoint.clone(), why };
         let endpoint: Url = settings.endpoint.parse().map_err(|_| bad("is no URL: correct weights.endpoint"))?;
-        let local = is_loopback(&endpoint);
+        Ok(Self { http: OnceLock::new(), endpoint, settings: settings.clone() })
+    }
+
+    pub(super) fn is_local(&self) -> bool {
+        is_loopback(&self.endpoint)
+    }
+
+    /// Follows redirects of the API alone: a file's redirects are followed by hand, since their target is kept.
+    pub(super) fn http(&self) -> Result<&reqwest::Client, Fault> {
+        if let Some(http) = self.http.get() {
+            return Ok(http);
+        }
+        let local = self.is_local();
         let mut http = reqwest::Client::builder()
             .user_agent(concat!("sglangd/", env!("CARGO_PKG_VERSION"), "; hf-hub/1.0"))
             .connect_timeout(CONNECT)
             // Many streams over one HTTP/2 connection share one window: slower than a connection each.
             .http1_only()
+            .pool_max_idle_per_host(self.settings.connections)
             .redirect(Policy::custom(move |attempt| follow(attempt, local)));
         if local {
             // The demo's hub is on this machine, whatever proxy the environment names.
             http = http.no_proxy();
         }
-        let http = http.build().map_err(|error| unreachable(settings, &error))?;
-        let mut builder = HFClient::builder()
-            .endpoint(&settings.endpoint)
-            .client(http.clone())
-            .cache_dir(&settings.cache)
-            // Its retries know neither our patience nor each other.
-            .retry_max_attempts(0);
-        if let Some(token) = &settings.token {
-            builder = builder.token(token.expose());
-        }
-        let client = builder.build().map_err(|_| bad("is not taken by the hub's client"))?;
-        Ok(Self { client, http, endpoint, settings: settings.clone() })
+        let http = http.build().map_err(|error| Fault::Fatal(unreachable(&self.settings, &error)))?;
+        Ok(self.http.get_or_init(|| http))
     }
 
-    /// The client, for what is left wholly to it (xet).
-    pub fn client(&self) -> &HFClient {
-        &self.client
+    fn client(&self) -> Result<HFClient, Fault> {
+        let mut builder = HFClient::builder()
+            .endpoint(&self.settings.endpoint)
+            .client(self.http()?.clone())
+            .cache_dir(&self.settings.cache)
+            // Its retries know neither our patience nor each other.
+            .retry_max_attempts(0);
+        if let Some(token) = &self.settings.token {
+            builder = builder.token(token.expose());
+        }
+        builder.build().map_err(|error| Fault::again(error.to_string()))
     }
 
     /// The commit that `revision` is now.
     pub async fn resolve(&self, repo: &str, revision: &str) -> Result<String, Fault> {
         let (owner, short) = split_id(repo);
-        let model = self.client.model(owner, short);
+        let client = self.client()?;
+        let model = client.model(owner, short);
         let asked = model.info().revision(revision).expand(vec!["sha".to_owned()]).send();
         let info = self.in_time(asked).await?.map_err(|error| self.fault(repo, revision, error))?;
         match info.sha {
@@ -149,24 +166,14 @@ impl Hub {
     }
 
     async fn page(&self, repo: &str, commit: &str, url: Url) -> Result<(Vec<u8>, Option<String>), Fault> {
-        let mut request = self.http.get(url.clone()).header(ACCEPT, "application/json");
+        let mut request = self.http()?.get(url.clone()).header(ACCEPT, "application/json");
         if let Some(token) = &self.settings.token {
             request = request.bearer_auth(token.expose());
         }
         let answer = request.send().await.map_err(|error| self.transport(&error))?;
         let status = answer.status();
         if !status.is_success() {
-            let header = |name: &str| answer.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
-            let (code, message, after) = (header("x-error-code"), header("x-error-message"), header("retry-after"));
-            let after = after.and_then(|text| text.trim().parse().ok()).map(Duration::from_secs);
-            let refusal = Refusal {
-                status,
-                url: answer.url().as_str(),
-                code: code.as_deref(),
-                message: message.as_deref(),
-                after,
-            };
-            return Err(self.refused(repo, commit, &refusal));
+            return Err(self.refuses(repo, commit, &answer));
         }
         let link = answer.headers().get(LINK).and_then(|v| v.to_str().ok()).and_then(next_link);
         let mut body = Vec::new();
@@ -181,32 +188,8 @@ impl Hub {
         Ok((body, link))
     }
 
-    /// The bytes of `file` from `from` on: exactly those, or a fault.
-    pub async fn open(&self, repo: &str, commit: &str, file: &RemoteFile, from: u64) -> Result<ByteStream, Fault> {
-        let (owner, short) = split_id(repo);
-        let model = self.client.model(owner, short);
-        // Without a range for the whole: a server that ignores ranges then serves it all the same.
-        let range = (from > 0).then_some(from..file.size);
-        let asked = model.download_file_stream().filename(&*file.name).revision(commit).maybe_range(range).send();
-        let (length, stream) = self.in_time(asked).await?.map_err(|error| self.fault(repo, commit, error))?;
-        match length {
-            Some(length) if length == file.size - from => {}
-            None if from == 0 => {}
-            // hf-hub does not tell 200 from 206. Never append what may be the beginning.
-            Some(length) if from > 0 && length == file.size => return Err(Fault::RangeIgnored),
-            None => return Err(Fault::RangeIgnored),
-            Some(length) => {
-                return Err(Fault::again(format!("{length} bytes were announced where {} are left", file.size - from)));
-            }
-        }
-        let hub = self.clone();
-        let repo = repo.to_owned();
-        let commit = commit.to_owned();
-        Ok(Box::pin(stream.map(move |chunk| chunk.map_err(|error| hub.fault(&repo, &commit, error)))))
-    }
-
     /// A head that does not come is a stall too.
-    async fn in_time<T>(&self, answer: impl Future<Output = T>) -> Result<T, Fault> {
+    pub(super) async fn in_time<T>(&self, answer: impl Future<Output = T>) -> Result<T, Fault> {
         let limit = self.settings.patience.stall;
         tokio::time::timeout(limit, answer).await.map_err(|_| Fault::Again {
             cause: format!("no answer within {} s", limit.as_secs_f32()),
@@ -235,6 +218,19 @@ impl Hub {
             code: context.error_code.as_deref(),
             message: context.server_message.as_deref(),
             after,
+        };
+        self.refused(repo, revision, &refusal)
+    }
+
+    /// What an answer that is no success means.
+    pub(super) fn refuses(&self, repo: &str, revision: &str, answer: &reqwest::Response) -> Fault {
+        let header = |name: &str| answer.headers().get(name).and_then(|v| v.to_str().ok());
+        let refusal = Refusal {
+            status: answer.status(),
+            url: answer.url().as_str(),
+            code: header("x-error-code"),
+            message: header("x-error-message"),
+            after: retry_after(answer.headers(), jiff::Timestamp::now()),
         };
         self.refused(repo, revision, &refusal)
     }
@@ -273,14 +269,14 @@ impl Hub {
         })
     }
 
-    fn transport(&self, error: &reqwest::Error) -> Fault {
+    pub(super) fn transport(&self, error: &reqwest::Error) -> Fault {
         let text = chain(error);
         if error.is_redirect() {
             let url = error.url().map_or_else(|| self.settings.endpoint.clone(), |url| without_query(url.as_str()));
             let why = std::error::Error::source(error).map_or_else(|| text.clone(), ToString::to_string);
             return Fault::Fatal(FetchError::Redirect { url, why });
         }
-        if text.contains("NotValidYet") || text.contains("not valid yet") {
+        if CLOCK.iter().any(|said| text.contains(said)) {
             return Fault::Fatal(FetchError::Clock { cause: text });
         }
         let scope = if error.is_connect() { Scope::Network } else { Scope::Stream };
@@ -301,8 +297,23 @@ fn unreachable(settings: &Settings, error: &reqwest::Error) -> FetchError {
     FetchError::Unreachable { endpoint: settings.endpoint.clone(), cause: chain(error) }
 }
 
+/// `Retry-After`, in seconds or as a date.
+fn retry_after(headers: &HeaderMap, now: jiff::Timestamp) -> Option<Duration> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    if let Ok(seconds) = text.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let at = jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text).ok()?;
+    // A date that has passed means now.
+    Some(Duration::try_from(at.duration_since(now)).unwrap_or(Duration::ZERO))
+}
+
 /// Where a redirect may lead. reqwest itself drops the token when host or port change.
 fn follow(attempt: Attempt<'_>, hub_is_local: bool) -> reqwest::redirect::Action {
+    // The first one is what was asked.
+    if !attempt.previous().first().is_some_and(|asked| asked.path().contains("/api/models/")) {
+        return attempt.stop();
+    }
     let from = attempt.previous().last().cloned();
     match refuse_hop(from.as_ref(), attempt.url(), attempt.previous().len(), hub_is_local) {
         Some(why) => attempt.error(why),
@@ -310,7 +321,7 @@ fn follow(attempt: Attempt<'_>, hub_is_local: bool) -> reqwest::redirect::Action
     }
 }
 
-fn refuse_hop(from: Option<&Url>, to: &Url, hops: usize, hub_is_local: bool) -> Option<String> {
+pub(super) fn refuse_hop(from: Option<&Url>, to: &Url, hops: usize, hub_is_local: bool) -> Option<String> {
     if hops > REDIRECTS {
         return Some(format!("more than {REDIRECTS} redirects"));
     }
@@ -345,7 +356,7 @@ fn is_loopback(url: &Url) -> bool {
 }
 
 /// Signed URLs carry their right of access in the query.
-fn without_query(url: &str) -> String {
+pub(super) fn without_query(url: &str) -> String {
     url.split(['?', '#']).next().unwrap_or(url).to_owned()
 }
 
@@ -399,7 +410,7 @@ impl TreeEntry {
         let (oid, size) = self.lfs.map_or((self.oid, self.size), |lfs| (lfs.oid, lfs.size));
         // It becomes a file's name; anything but a hash could be a path.
         let hash = Hash::from_hex(&oid).ok_or_else(|| format!("{oid:?}, the hash of {:?}, is no hash", self.path))?;
-        let transport = if self.xet_hash.is_some() { Transport::Xet } else { Transport::Http };
+        let transport = self.xet_hash.map_or(Transport::Http, |hash| Transport::Xet { hash });
         Ok(RemoteFile { name: self.path, size, hash, transport })
     }
 }
@@ -431,6 +442,16 @@ mod tests {
         let entry: TreeEntry =
             serde_json::from_str(r#"{"type":"file","oid":"../../../x","size":1,"path":"a.json"}"#).unwrap();
         assert!(entry.into_file().is_err());
+    }
+
+    #[test]
+    fn h03_retry_after_is_read_in_seconds_and_as_a_date() {
+        let now: jiff::Timestamp = "2026-11-25T12:00:00Z".parse().unwrap();
+        let read = |text: &str| retry_after(&HeaderMap::from_iter([(RETRY_AFTER, text.parse().unwrap())]), now);
+        assert_eq!(read("17"), Some(Duration::from_secs(17)));
+        assert_eq!(read("Wed, 25 Nov 2026 12:01:30 GMT"), Some(Duration::from_secs(90)));
+        assert_eq!(read("Wed, 25 Nov 2026 11:00:00 GMT"), Some(Duration::ZERO));
+        assert_eq!(read("soon"), None);
     }
 
     #[test]

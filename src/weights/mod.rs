@@ -2,8 +2,8 @@
 //! the standard Hugging Face cache.
 //!
 //! Three steps, each a file or two: the **plan** ([`plan`], pure: which files, what is there, how many
-//! bytes), the **fetch** (`fetch`, `transfer`, `write`: streams into `.incomplete` blobs, resumed after any kill,
-//! renamed when they are whole), the **verification** (`verify`: size and hash of every file against the
+//! bytes), the **fetch** (`fetch`, `transfer`, `write`: ranges into `.incomplete` blobs, resumed after any kill by their
+//! `journal`, renamed when they are whole), the **verification** (`verify`: size and hash of every file against the
 //! hub's). A marker in the cache makes the next start instant.
 //!
 //! Not done here: no signals, no terminal, no reading of environment variables ([`Settings::resolve`] is given a
@@ -17,30 +17,36 @@
 
 mod board;
 mod cache;
+mod content;
 mod error;
 mod fetch;
 mod hub;
+mod journal;
 mod local;
 mod lock;
 pub mod name;
 pub mod plan;
 pub mod progress;
+mod ranges;
+mod rate;
 mod settings;
 mod transfer;
 mod verify;
 mod write;
+mod xet;
 
+use std::num::{NonZeroU16, NonZeroU64};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, Download, ModelSource};
+use crate::config::{Config, Download, IoPriority, ModelSource};
 
 pub use cache::Access;
 pub use error::{FetchError, Retry, bytes};
 pub use fetch::{PlannedRepo, fetch, prepare};
 pub use progress::{Pace, Progress, Snapshot};
-pub use settings::{Network, Patience, Settings, Token};
+pub use settings::{CONNECTIONS, Network, Patience, Settings, Token};
 pub use verify::Hasher;
 
 /// What is to be on the disk before the engine starts. Crosses from the supervisor to `sglangd fetch`
@@ -54,6 +60,23 @@ pub struct Request {
     pub endpoint: Option<String>,
     #[serde(with = "DownloadAsWord")]
     pub download: Download,
+    #[serde(default)]
+    pub tuning: Tuning,
+}
+
+/// How much of network, memory and CPU a fetch may take; what is not said is the default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Tuning {
+    pub connections: Option<NonZeroU16>,
+    /// Bytes a second.
+    pub max_rate: Option<NonZeroU64>,
+    /// Bytes of xet's buffers.
+    pub xet_memory: Option<u64>,
+    /// The fetcher's nice value; none: its parent's.
+    pub nice: Option<i32>,
+    /// Its class of disk access; none: its parent's.
+    pub ioprio: Option<IoPriority>,
 }
 
 /// One repository at one revision.
@@ -111,5 +134,18 @@ pub fn request_from_config(config: &Config, files: Wanted) -> Option<Request> {
         cache: config.weights.cache.clone(),
         endpoint: config.weights.endpoint.clone(),
         download: config.weights.download,
+        tuning: tuning_from_config(config),
     })
+}
+
+/// What the configuration says of the fetcher's share of the machine.
+pub fn tuning_from_config(config: &Config) -> Tuning {
+    let weights = &config.weights;
+    Tuning {
+        connections: Some(weights.connections),
+        max_rate: weights.max_rate,
+        xet_memory: weights.xet_memory,
+        nice: Some(weights.nice),
+        ioprio: weights.ioprio,
+    }
 }

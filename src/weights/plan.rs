@@ -49,13 +49,13 @@ impl Hash {
 }
 
 /// How the bytes come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Transport {
-    /// Byte ranges over HTTP: resumable.
+    /// Byte ranges over HTTP.
     Http,
-    /// The hub's content-addressed store, through hf-hub's own client.
-    Xet,
+    /// Byte ranges out of the hub's content-addressed store, through the library's own client; the file's name there.
+    Xet { hash: String },
 }
 
 /// What the cache holds of one file.

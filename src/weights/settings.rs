@@ -2,6 +2,7 @@
 //! tools, resolved once. Reads no environment itself: the caller passes a function.
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,9 +12,9 @@ use crate::config::Download;
 
 /// The public hub.
 const PUBLIC_HUB: &str = "https://huggingface.co";
-/// Files fetched at once. huggingface_hub and hf-hub take 8 as well; more gains nothing over one link and
+/// Connections at once. huggingface_hub and hf-hub take 8 as well; more gains nothing over one link and
 /// each costs an open file, a lock and two buffers.
-const CONNECTIONS: usize = 8;
+pub const CONNECTIONS: usize = 8;
 /// A token file larger than this is no token file.
 const LARGEST_TOKEN_FILE: u64 = 4096;
 
@@ -28,6 +29,10 @@ pub struct Settings {
     pub network: Network,
     pub patience: Patience,
     pub connections: usize,
+    /// Bytes a second, of all connections together.
+    pub max_rate: Option<NonZeroU64>,
+    /// Most memory of xet's buffers; none: a share of the machine's, as xet takes it.
+    pub xet_memory: Option<u64>,
     /// Free bytes of the cache's disk; none: the disk is asked.
     pub free_space: Option<u64>,
     /// Whether the cache may be written to; none: it is asked.
@@ -133,7 +138,9 @@ impl Settings {
             token: token(&set, &home, &hf_home)?,
             network,
             patience: Patience::default(),
-            connections: CONNECTIONS,
+            connections: request.tuning.connections.map_or(CONNECTIONS, |n| n.get().into()),
+            max_rate: request.tuning.max_rate,
+            xet_memory: request.tuning.xet_memory,
             free_space: None,
             access: None,
         })
@@ -177,7 +184,7 @@ fn yes(value: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::RepoRequest;
+    use crate::weights::{RepoRequest, Tuning};
 
     fn resolve(request: &Request, vars: &[(&str, &str)]) -> Settings {
         Settings::resolve(request, |name| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned())).unwrap()
@@ -185,7 +192,7 @@ mod tests {
 
     fn request() -> Request {
         let repos = vec![RepoRequest::model("a/b", "main")];
-        Request { repos, cache: None, endpoint: None, download: Download::Auto }
+        Request { repos, cache: None, endpoint: None, download: Download::Auto, tuning: Tuning::default() }
     }
 
     #[test]

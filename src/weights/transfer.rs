@@ -1,30 +1,49 @@
-//! One file from the hub into its blob: attempt after attempt, each going on where the last one broke,
-//! until the bytes are right or patience ends. Decides nothing about which files.
+//! One file from the hub into its blob: pieces of it over as many connections as are free, each piece attempt after
+//! attempt where the last one broke, until the bytes are right or patience ends. Decides nothing about which files.
+//!
+//! ```text
+//! bring ─► lock ─► there and right? ─► done
+//!            └─► open what is left ─► fill (lanes take pieces, lowest first) ─► finish: hash, name
+//!                                       ▲   └─ ranges are ignored: one lane, the whole file ─┤
+//!                                       └──────────────── arrived wrong: anew ◄──────────────┘
+//! ```
 
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::StreamExt;
-use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
-use hf_hub::split_id;
 use rand::Rng;
-use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use super::board::{Board, Slot};
 use super::cache::RepoCache;
+use super::content::{Ask, Found};
 use super::error::FetchError;
 use super::hub::{ByteStream, Fault, Hub, Scope};
 use super::lock;
 use super::plan::{RemoteFile, Transport};
+use super::ranges::Pieces;
+use super::rate::Rate;
 use super::settings::Settings;
 use super::verify;
-use super::write::{Finished, Partial};
+use super::write::{Finished, Partial, Writer};
+use super::xet::Xet;
 
-/// Chunks between the network and the disk: enough that neither waits for a hiccup of the other, and at
-/// some 16–64 KiB each no memory to speak of with eight files.
-const CHUNKS: usize = 32;
+/// One request's bytes: large enough that its round trip is nothing, small enough that several connections finish a
+/// file together and that it is hashed out of the page cache.
+const SMALLEST_PIECE: u64 = 8 << 20;
+const LARGEST_PIECE: u64 = 64 << 20;
+/// xet fetches in parallel within a stream, and asks for the plan of each anew.
+const XET_PIECE: u64 = 1 << 30;
+/// Answers without the range asked for, before the whole file is asked for. One may be a cache's mistake.
+const IGNORED_RANGES: u32 = 2;
+/// Longest stand-still of a xet stream, in stalls of one connection: xet watches its connections itself (each by the
+/// same limit) and hands out bytes block by block.
+const XET_STALLS: u32 = 4;
 
 /// All that the files of one repository share.
 #[derive(Debug)]
@@ -33,8 +52,25 @@ pub struct Repo {
     pub commit: String,
     pub cache: RepoCache,
     pub hub: Hub,
+    pub xet: Xet,
     pub settings: Settings,
     pub board: Arc<Board>,
+    pub rate: Arc<Rate>,
+    /// One for each connection.
+    pub places: Arc<Semaphore>,
+}
+
+/// One file while its bytes come.
+#[derive(Debug)]
+struct Work {
+    repo: Arc<Repo>,
+    file: RemoteFile,
+    slot: Slot,
+    partial: Arc<Partial>,
+    pieces: Mutex<Pieces>,
+    ask: Ask,
+    found: Arc<Found>,
+    ignored: AtomicU32,
 }
 
 /// Why the last attempt did not do, for the message at the end.
@@ -42,27 +78,70 @@ pub struct Repo {
 struct Attempts {
     fruitless: u32,
     made: u32,
-    wrong: u32,
     scope: Scope,
 }
 
 impl Repo {
     /// Fetches `file` and gives it its name. Whoever else fetches it is waited for.
-    pub async fn bring(&self, file: &RemoteFile, slot: &Slot) -> Result<(), FetchError> {
+    pub async fn bring(
+        self: &Arc<Self>,
+        file: &RemoteFile,
+        slot: &Slot,
+        place: OwnedSemaphorePermit,
+    ) -> Result<(), FetchError> {
+        let mut place = Some(place);
         let lock_path = self.cache.lock(&file.hash);
-        let lock = lock::acquire(lock_path, |holder| self.board.waiting(&file.name, holder)).await?;
+        let held = lock::acquire(lock_path, |holder| {
+            self.board.waiting(&file.name, holder);
+            // Who holds the lock may need this connection to finish: another name of the same content.
+            place = None;
+        });
+        let _lock = held.await?;
         // Another process may have finished it while this one waited.
         if self.keep_if_right(file, slot).await? {
             return Ok(());
         }
-        match file.transport {
-            Transport::Http => self.bring_ranges(file, slot).await,
-            Transport::Xet => {
-                // hf-hub takes the same lock itself.
-                drop(lock);
-                self.bring_xet(file, slot).await
+        let paths = self.cache.growing(&file.hash);
+        let (path, blob) = (paths.data.clone(), self.cache.blob(&file.hash));
+        let disk = |source| FetchError::disk(&path, &file.name, source);
+        let remote = file.clone();
+        let partial = off_runtime(move || Partial::open(paths, &remote)).await.map_err(disk)?;
+        let found = Arc::new(Found::default());
+        let (mut ask, mut wrong) = (Ask::Range, 0);
+        loop {
+            slot.set(partial.have());
+            while !partial.is_whole() {
+                let first = match place.take() {
+                    Some(place) => place,
+                    None => self.place().await,
+                };
+                // What an earlier run left is hashed beside the network.
+                partial.follow();
+                ask = self.fill(file, slot, &partial, &found, ask, first).await?;
+            }
+            place = None;
+            let Finished::Wrong { got } = partial.finish(&blob).await.map_err(disk)? else { return Ok(()) };
+            wrong += 1;
+            tracing::warn!(file = %file.name, %got, expected = file.hash.hex(), "arrived wrong: fetching it anew");
+            if wrong >= self.settings.patience.corrupt {
+                return Err(FetchError::Corrupt {
+                    repo: self.id.clone(),
+                    file: file.name.clone(),
+                    attempts: wrong,
+                    expected: file.hash.hex().to_owned(),
+                    got,
+                });
+            }
+            // Another host may have it right; then again, a cache on the way that spoils ranges may serve the whole right.
+            found.forget();
+            if wrong > 1 && file.transport == Transport::Http {
+                ask = Ask::Whole;
             }
         }
+    }
+
+    async fn place(&self) -> OwnedSemaphorePermit {
+        self.places.clone().acquire_owned().await.expect("the semaphore is never closed")
     }
 
     /// Whether the file is there and right; what is there and wrong is removed.
@@ -89,189 +168,189 @@ impl Repo {
         off_runtime(move || verify::hash_file(&path_there, &hash, size, &read)).await.map_err(disk).map(Some)
     }
 
-    async fn bring_ranges(&self, file: &RemoteFile, slot: &Slot) -> Result<(), FetchError> {
-        let path = self.cache.incomplete(&file.hash);
-        let blob = self.cache.blob(&file.hash);
-        let disk = |source| FetchError::disk(&path, &file.name, source);
-        let (opened, remote) = (path.clone(), file.clone());
-        let mut partial = off_runtime(move || Partial::open(&opened, &remote)).await.map_err(disk)?;
-        let mut attempts = Attempts { fruitless: 0, made: 0, wrong: 0, scope: Scope::Stream };
-        let mut ranges = Ranges::Served;
+    /// Fetches all that is missing, or as much as there is before ranges turn out not to be served. Says how to ask on.
+    async fn fill(
+        self: &Arc<Self>,
+        file: &RemoteFile,
+        slot: &Slot,
+        partial: &Arc<Partial>,
+        found: &Arc<Found>,
+        ask: Ask,
+        first: OwnedSemaphorePermit,
+    ) -> Result<Ask, FetchError> {
+        let (gaps, piece) = match ask {
+            Ask::Range => (partial.gaps(), self.piece(file)),
+            Ask::Whole => (vec![0..file.size], file.size),
+        };
+        let work = Arc::new(Work {
+            repo: self.clone(),
+            file: file.clone(),
+            slot: slot.clone(),
+            partial: partial.clone(),
+            pieces: Mutex::new(Pieces::new(gaps, piece)),
+            ask,
+            found: found.clone(),
+            ignored: AtomicU32::new(0),
+        });
+        let mut lanes = JoinSet::new();
+        lanes.spawn(work.clone().lane(first));
         loop {
-            slot.set(partial.len());
-            if partial.is_whole() {
-                let name = blob.clone();
-                let (finished, begun) = off_runtime(move || partial.finish(&name)).await.map_err(disk)?;
-                let Finished::Wrong { got } = finished else { return Ok(()) };
-                partial = begun;
-                attempts.wrong += 1;
-                tracing::warn!(file = %file.name, %got, expected = file.hash.hex(), "arrived wrong: fetching it anew");
-                if attempts.wrong >= self.settings.patience.corrupt {
-                    return Err(FetchError::Corrupt {
-                        repo: self.id.clone(),
-                        file: file.name.clone(),
-                        attempts: attempts.wrong,
-                        expected: file.hash.hex().to_owned(),
-                        got,
-                    });
-                }
-                // A cache on the way that spoils ranges may serve the whole right.
-                ranges = Ranges::Ignored;
-                continue;
-            }
-            if ranges == Ranges::Ignored && partial.len() > 0 {
-                partial = off_runtime(move || partial.restart().map(|()| partial)).await.map_err(disk)?;
-                slot.set(0);
-            }
-            self.board.hub_open().await;
-            let before = partial.len();
-            attempts.made += 1;
-            let fault = match self.hub.open(&self.id, &self.commit, file, before).await {
-                Ok(stream) => {
-                    let (back, pumped) = self.pump(partial, stream, slot).await;
-                    partial = back.map_err(disk)?;
-                    pumped.err()
-                }
-                Err(fault) => Some(fault),
-            };
-            let gained = partial.len() > before;
-            match fault {
-                None => {}
-                Some(Fault::Fatal(error)) => return Err(error),
-                Some(Fault::RangeIgnored) => {
-                    tracing::warn!(file = %file.name, "the server ignores ranges: this file begins anew");
-                    ranges = Ranges::Ignored;
-                }
-                Some(Fault::Again { cause, after, scope }) => {
-                    attempts.scope = scope;
-                    tracing::debug!(file = %file.name, at = partial.len(), %cause, "broken off");
-                    self.wait(file, &mut attempts, gained, cause, after).await?;
+            tokio::select! {
+                ended = lanes.join_next() => match ended {
+                    None => break,
+                    Some(Ok(outcome)) => outcome?,
+                    // Dropping the others stops them where they are; what they wrote counts.
+                    Some(Err(join)) => {
+                        let path = self.cache.blob(&file.hash);
+                        return Err(FetchError::Disk { path, source: std::io::Error::other(join) });
+                    }
+                },
+                another = self.spare_place(), if work.has_more() => {
+                    lanes.spawn(work.clone().lane(another));
                 }
             }
         }
+        if ask == Ask::Range && work.gives_up_ranges() {
+            tracing::warn!(file = %file.name, "the server ignores ranges: this file begins anew");
+            return Ok(Ask::Whole);
+        }
+        Ok(ask)
     }
 
-    /// Moves bytes from the network to the disk until the stream ends, breaks or stalls. The file comes back
-    /// in either case, with what arrived.
-    async fn pump(
-        &self,
-        mut partial: Partial,
-        mut stream: ByteStream,
-        slot: &Slot,
-    ) -> (std::io::Result<Partial>, Result<(), Fault>) {
-        let (to_disk, mut from_net) = mpsc::channel::<Bytes>(CHUNKS);
-        let mut room = partial.room();
-        let writer = tokio::task::spawn_blocking(move || {
-            while let Some(chunk) = from_net.blocking_recv() {
-                partial.write(&chunk)?;
-            }
-            Ok(partial)
-        });
-        let stall = self.settings.patience.stall;
-        let outcome = loop {
-            match timeout(stall, stream.next()).await {
-                Ok(Some(Ok(chunk))) => {
-                    let Some(left) = room.checked_sub(chunk.len() as u64) else {
-                        break Err(Fault::again("more bytes than the file has"));
-                    };
-                    room = left;
-                    slot.add(chunk.len() as u64);
-                    // The writer is gone only when the disk failed; its own error says how.
-                    if to_disk.send(chunk).await.is_err() {
-                        break Ok(());
-                    }
-                }
-                Ok(Some(Err(fault))) => break Err(fault),
-                Ok(None) if room > 0 => break Err(Fault::again(format!("the body ended {room} bytes early"))),
-                Ok(None) => break Ok(()),
-                Err(_) => break Err(Fault::again(format!("stalled: no byte for {} s", stall.as_secs_f32()))),
-            }
-        };
-        drop(to_disk);
-        let written = match writer.await {
-            Ok(written) => written,
-            Err(join) => Err(std::io::Error::other(join)),
-        };
-        (written, outcome)
+    /// A connection that no other file wants.
+    async fn spare_place(&self) -> OwnedSemaphorePermit {
+        self.board.until_all_begun().await;
+        self.place().await
     }
 
-    /// Whole files through hf-hub's xet client, which writes, renames and links; verified here all the same.
-    async fn bring_xet(&self, file: &RemoteFile, slot: &Slot) -> Result<(), FetchError> {
-        let (owner, short) = split_id(&self.id);
-        let model = self.hub.client().model(owner, short);
-        let mut attempts = Attempts { fruitless: 0, made: 0, wrong: 0, scope: Scope::Stream };
-        loop {
-            self.board.hub_open().await;
-            attempts.made += 1;
-            let before = slot.get();
-            let asked = model
-                .download_file()
-                .filename(&*file.name)
-                .revision(self.commit.clone())
-                .progress(XetProgress { slot: slot.clone(), size: file.size })
-                .send();
-            let asked = until_stalled(asked, slot, self.settings.patience.stall);
-            let (cause, after) = match asked.await {
-                Some(Ok(_)) => {
-                    if self.keep_if_right(file, slot).await? {
-                        return Ok(());
+    fn piece(&self, file: &RemoteFile) -> u64 {
+        match file.transport {
+            Transport::Http => {
+                (file.size / (2 * self.settings.connections.max(1) as u64)).clamp(SMALLEST_PIECE, LARGEST_PIECE)
+            }
+            Transport::Xet { .. } => XET_PIECE,
+        }
+    }
+}
+
+impl Work {
+    fn take(&self) -> Option<Range<u64>> {
+        self.pieces.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn has_more(&self) -> bool {
+        !self.pieces.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    fn gives_up_ranges(&self) -> bool {
+        self.ignored.load(Ordering::Relaxed) >= IGNORED_RANGES
+    }
+
+    /// One connection: piece after piece, until none is left.
+    async fn lane(self: Arc<Self>, _place: OwnedSemaphorePermit) -> Result<(), FetchError> {
+        let path = self.repo.cache.growing(&self.file.hash).data;
+        let disk = |source| FetchError::disk(&path, &self.file.name, source);
+        let mut attempts = Attempts { fruitless: 0, made: 0, scope: Scope::Stream };
+        while let Some(piece) = self.take() {
+            let mut best = piece.start;
+            let mut writer = self.partial.writer(piece.start).map_err(disk)?;
+            while writer.at() < piece.end {
+                if self.ask == Ask::Range && self.gives_up_ranges() {
+                    return Ok(());
+                }
+                if self.ask == Ask::Whole {
+                    drop(writer);
+                    let partial = self.partial.clone();
+                    off_runtime(move || partial.restart()).await.map_err(disk)?;
+                    self.slot.set(0);
+                    writer = self.partial.writer(0).map_err(disk)?;
+                }
+                self.repo.board.hub_open().await;
+                attempts.made += 1;
+                let fault = match self.open(writer.at()..piece.end).await {
+                    Ok(stream) => self.pump(&mut writer, piece.end, stream).await.map_err(disk)?.err(),
+                    Err(fault) => Some(fault),
+                };
+                // A whole file asked for again gains only what the earlier attempts did not have.
+                let gained = writer.at() > best;
+                best = best.max(writer.at());
+                match fault {
+                    None => {}
+                    Some(Fault::Fatal(error)) => return Err(error),
+                    Some(Fault::RangeIgnored) => {
+                        self.ignored.fetch_add(1, Ordering::Relaxed);
                     }
-                    attempts.wrong += 1;
-                    if attempts.wrong >= self.settings.patience.corrupt {
-                        return Err(FetchError::Corrupt {
-                            repo: self.id.clone(),
-                            file: file.name.clone(),
-                            attempts: attempts.wrong,
-                            expected: file.hash.hex().to_owned(),
-                            got: "other bytes".to_owned(),
-                        });
-                    }
-                    ("arrived wrong".to_owned(), None)
-                }
-                Some(Err(hf_hub::HFError::CacheLockTimeout { path })) => {
-                    // Its wait ends after 10 s; ours does not.
-                    drop(lock::acquire(path, |holder| self.board.waiting(&file.name, holder)).await?);
-                    continue;
-                }
-                Some(Err(hf_hub::HFError::Io(source))) => {
-                    return Err(FetchError::disk(&self.cache.blob(&file.hash), &file.name, source));
-                }
-                Some(Err(error)) => match self.hub.fault(&self.id, &self.commit, error) {
-                    Fault::Fatal(error) => return Err(error),
-                    Fault::RangeIgnored => continue,
-                    Fault::Again { cause, after, scope } => {
+                    Some(Fault::Again { cause, after, scope }) => {
                         attempts.scope = scope;
-                        (cause, after)
+                        tracing::debug!(file = %self.file.name, at = writer.at(), %cause, "broken off");
+                        self.wait(&mut attempts, gained, cause, after).await?;
                     }
-                },
-                None => (format!("stalled: no byte for {} s", self.settings.patience.stall.as_secs_f32()), None),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn open(&self, range: Range<u64>) -> Result<ByteStream, Fault> {
+        let Repo { id, commit, hub, xet, .. } = &*self.repo;
+        match &self.file.transport {
+            Transport::Http => hub.open(id, commit, &self.file, &self.found, range, self.ask).await,
+            Transport::Xet { hash } => xet.open(hub, id, commit, hash, self.file.size, range).await,
+        }
+    }
+
+    /// Moves bytes from the network to the disk up to `end`, or until the stream ends, breaks or stalls.
+    async fn pump(&self, writer: &mut Writer, end: u64, mut stream: ByteStream) -> std::io::Result<Result<(), Fault>> {
+        let stall = match self.file.transport {
+            Transport::Http => self.repo.settings.patience.stall,
+            Transport::Xet { .. } => self.repo.settings.patience.stall * XET_STALLS,
+        };
+        loop {
+            let left = end - writer.at();
+            let chunk = match timeout(stall, stream.next()).await {
+                Ok(Some(Ok(chunk))) => chunk,
+                Ok(Some(Err(fault))) => return Ok(Err(fault)),
+                Ok(None) if left > 0 => return Ok(Err(Fault::again(format!("the body ended {left} bytes early")))),
+                Ok(None) => return Ok(Ok(())),
+                Err(_) => {
+                    // Anew, and elsewhere if the hub names another place.
+                    self.found.forget();
+                    return Ok(Err(Fault::again(format!("stalled: no byte for {} s", stall.as_secs_f32()))));
+                }
             };
-            let gained = slot.get() > before;
-            self.wait(file, &mut attempts, gained, cause, after).await?;
+            if chunk.len() as u64 > left {
+                return Ok(Err(Fault::again("more bytes than the file has")));
+            }
+            self.repo.rate.take(chunk.len() as u64).await;
+            writer.write(&chunk)?;
+            self.slot.add(chunk.len() as u64);
         }
     }
 
     /// Waits before the next attempt, or says why there is none.
     async fn wait(
         &self,
-        file: &RemoteFile,
         attempts: &mut Attempts,
         gained: bool,
         cause: String,
         after: Option<Duration>,
     ) -> Result<(), FetchError> {
-        let patience = &self.settings.patience;
+        let repo = &self.repo;
+        let patience = &repo.settings.patience;
         attempts.fruitless = if gained { 0 } else { attempts.fruitless + 1 };
-        let endpoint = || self.settings.endpoint.clone();
+        let endpoint = || repo.settings.endpoint.clone();
         if after.is_some_and(|after| after > patience.limit) {
             return Err(FetchError::RateLimited { endpoint: endpoint(), after });
         }
-        if attempts.fruitless >= patience.attempts || self.board.since_gain() >= patience.limit {
+        if attempts.fruitless >= patience.attempts || repo.board.since_gain() >= patience.limit {
             return Err(match attempts.scope {
                 Scope::Network => FetchError::Unreachable { endpoint: endpoint(), cause },
-                _ => {
-                    FetchError::File { repo: self.id.clone(), file: file.name.clone(), attempts: attempts.made, cause }
-                }
+                _ => FetchError::File {
+                    repo: repo.id.clone(),
+                    file: self.file.name.clone(),
+                    attempts: attempts.made,
+                    cause,
+                },
             });
         }
         let pause = match after {
@@ -280,22 +359,18 @@ impl Repo {
         };
         match attempts.scope {
             // A hub that is too busy for one file is too busy for all.
-            Scope::Hub => self.board.hold_hub(pause),
+            Scope::Hub => repo.board.hold_hub(pause),
+            // What just gave bytes is asked on at once.
+            Scope::Stream if gained => {}
             Scope::Stream | Scope::Network => tokio::time::sleep(pause).await,
         }
         Ok(())
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ranges {
-    Served,
-    Ignored,
-}
-
 /// Doubles with each fruitless attempt; between half and all of it, so that eight streams do not knock together.
 pub fn backoff(first: Duration, most: Duration, fruitless: u32) -> Duration {
-    let whole = first.saturating_mul(1 << fruitless.min(16)).min(most);
+    let whole = first.saturating_mul(1 << fruitless.saturating_sub(1).min(16)).min(most);
     whole.mul_f64(rand::rng().random_range(0.5..=1.0))
 }
 
@@ -306,49 +381,6 @@ async fn off_runtime<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|join| Err(std::io::Error::other(join)))
 }
 
-/// Drives `work` as long as `slot` moves; none: it stood still for `limit`.
-async fn until_stalled<T>(work: impl Future<Output = T>, slot: &Slot, limit: Duration) -> Option<T> {
-    tokio::pin!(work);
-    let mut seen = slot.get();
-    let mut deadline = Instant::now() + limit;
-    loop {
-        tokio::select! {
-            done = &mut work => return Some(done),
-            () = sleep_until(deadline) => {
-                let now = slot.get();
-                if now == seen {
-                    return None;
-                }
-                seen = now;
-                deadline = Instant::now() + limit;
-            }
-        }
-    }
-}
-
-/// hf-hub's progress, into ours.
-struct XetProgress {
-    slot: Slot,
-    size: u64,
-}
-
-impl ProgressHandler for XetProgress {
-    fn on_progress(&self, event: &ProgressEvent) {
-        let ProgressEvent::Download(event) = event else { return };
-        match event {
-            DownloadEvent::Progress { files } => {
-                for file in files {
-                    self.slot.set(file.bytes_completed.min(self.size));
-                }
-            }
-            DownloadEvent::AggregateProgress { bytes_completed, .. } => {
-                self.slot.set((*bytes_completed).min(self.size));
-            }
-            DownloadEvent::Start { .. } | DownloadEvent::Complete => {}
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -356,8 +388,8 @@ mod tests {
     #[test]
     fn h03_the_wait_doubles_with_jitter_and_is_bounded() {
         let (first, most) = (Duration::from_millis(500), Duration::from_secs(30));
-        for n in 0..40 {
-            let whole = first.saturating_mul(1 << n.min(16)).min(most);
+        for n in 1..40 {
+            let whole = first.saturating_mul(1 << (n - 1).min(16)).min(most);
             let pause = backoff(first, most, n);
             assert!(pause >= whole / 2 && pause <= whole, "{n}: {pause:?}");
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use sglangd::config::Download;
 use sglangd::simulate::hub::{COMMIT, Content, Fault, Hub, Options, Route, What, Which};
 use sglangd::simulate::model::{ModelFile, Storage, demo};
-use sglangd::weights::{self, FetchError, Patience, Progress, RepoRequest, Request, Settings, Snapshot, Token};
+use sglangd::weights::{self, FetchError, Patience, Progress, RepoRequest, Request, Settings, Snapshot, Token, Tuning};
 
 pub const REPO: &str = "made-up/tiny";
 /// Where `main` goes when it moves.
@@ -75,6 +75,7 @@ impl Site {
             cache: Some(self.cache()),
             endpoint: Some(self.hub.endpoint()),
             download: Download::Auto,
+            tuning: Tuning::default(),
         }
     }
 
@@ -134,8 +135,14 @@ impl Site {
 
     /// `sglangd fetch` as a child, with nothing of the caller's Hugging Face environment.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sglangd"));
+        let mut command = self.bare_command();
         command.arg("fetch").arg(REPO).arg("--cache").arg(self.cache()).arg("--endpoint").arg(self.hub.endpoint());
+        command
+    }
+
+    /// The program, to be told what to do.
+    pub fn bare_command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sglangd"));
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("HF_")) {
             command.env_remove(name);
         }

@@ -38,6 +38,15 @@ impl Pair {
         Self::made(&params)
     }
 
+    /// Its time begins so long from now; the name is one that a client can ask for on this machine.
+    pub fn beginning(from_now: SignedDuration) -> Self {
+        let mut params = CertificateParams::new(["localhost".to_owned()]).unwrap();
+        let begin = (Timestamp::now() + from_now).as_second();
+        params.not_before = date_time_ymd(1970, 1, 1) + std::time::Duration::from_secs(u64::try_from(begin).unwrap());
+        params.not_after = date_time_ymd(2100, 1, 1);
+        Self::made(&params)
+    }
+
     fn made(params: &CertificateParams) -> Self {
         let key = KeyPair::generate().unwrap();
         let cert = params.self_signed(&key).unwrap();
