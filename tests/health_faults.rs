@@ -94,6 +94,7 @@ async fn g06_a_health_of_200_is_not_believed_when_the_scheduler_does_nothing() {
 async fn g07_a_prefill_longer_than_the_limit_under_load_is_busy_and_not_hung() {
     let mut daemon = quick("busy_prefill=60")
         .set("health.hang_after", "7s")
+        .set("shutdown.grace", "10s")
         .set("health.probe_interval", "1s")
         .env("SGLANG_HEALTH_CHECK_TIMEOUT", "1")
         .start();
