@@ -158,7 +158,7 @@ mod tests {
     }
 
     fn reading(at: Millis, bytes: &[u64]) -> Sample {
-        let read = bytes.iter().enumerate().map(|(n, bytes)| ((n as i32, 1), *bytes)).collect();
+        let read = (1..).zip(bytes).map(|(pid, bytes)| ((pid, 1), *bytes)).collect();
         Sample { read, ..sample(at) }
     }
 

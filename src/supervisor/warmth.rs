@@ -62,12 +62,11 @@ fn next(before: Starts, compiled: Duration) -> Starts {
 fn judge(starts: Starts, compiled: Duration, folder: &Path, place: Place) -> Option<Remark> {
     let (seconds, folder) = (compiled.as_secs(), folder.display());
     let sentence = match (starts.cold, place) {
-        (0, _) => return None,
+        (0, _) | (1, Place::Lasting) => return None,
         (1, Place::ShortLived) => format!(
             "this start compiled kernels for {seconds} s, and the next one will again: their cache, {folder}, is gone \
              with the container or the next boot. Keep it on a volume"
         ),
-        (1, Place::Lasting) => return None,
         (n, _) => format!(
             "this start compiled kernels for {seconds} s, as did the {} before it: their cache, {folder}, does not \
              outlive a start. Keep it on a volume, and see that it can be written",
