@@ -15,7 +15,7 @@ use crate::engine::inspect;
 use crate::engine::resolve::{Resolved, resolve};
 use crate::exit::Exit;
 use crate::launch::spawner::Spawner;
-use crate::weights::{Pickles, Progress, RepoRequest, Request, Snapshot, Wanted, request_from_config};
+use crate::weights::{Progress, Proof, RepoRequest, Request, Snapshot, Wanted, request_from_config};
 
 /// What the later steps of a start need from this one.
 #[derive(Debug, Clone)]
@@ -84,10 +84,9 @@ pub fn request(config: &Config, resolved: &Resolved) -> Option<Request> {
         .iter()
         .map(|extra| RepoRequest {
             flag: Some(extra.flag.clone()),
-            repo: extra.repo.clone(),
-            revision: extra.revision.clone(),
             files: if extra.flag.contains("tokenizer") { Wanted::NoWeights } else { wanted },
-            pickles: Pickles::default(),
+            pickles: config.weights.pickles.into(),
+            ..RepoRequest::model(&extra.repo, &extra.revision)
         })
         .collect();
     match request_from_config(config, wanted) {
@@ -101,6 +100,7 @@ pub fn request(config: &Config, resolved: &Resolved) -> Option<Request> {
             cache: config.weights.cache.clone(),
             endpoint: config.weights.endpoint.clone(),
             download: config.weights.download,
+            proof: Proof::Kept,
         }),
     }
 }
