@@ -230,9 +230,14 @@ fn request(args: &FetchArgs) -> Result<Request, (String, Exit)> {
 fn care(args: &FetchArgs) -> Exit {
     let loaded = load(&args.config.sources(WhenMissing::BuiltIn));
     let configured = loaded.as_ref().ok().map(|loaded| &loaded.config);
-    let mut request = configured
-        .and_then(|config| weights::request_from_config(config, Wanted::All))
-        .unwrap_or_else(|| Request { repos: vec![], cache: None, endpoint: None, download: Download::Never, proof: Proof::Kept });
+    let mut request =
+        configured.and_then(|config| weights::request_from_config(config, Wanted::All)).unwrap_or_else(|| Request {
+            repos: vec![],
+            cache: None,
+            endpoint: None,
+            download: Download::Never,
+            proof: Proof::Kept,
+        });
     // A commit that the configuration names stays, though nothing in the cache points to it.
     let wanted: Vec<String> =
         request.repos.iter().map(|repo| repo.revision.clone()).filter(|revision| name::is_commit(revision)).collect();

@@ -3,6 +3,7 @@
 //! Each file with `unsafe` begins with its safety contract. Nothing here knows what an engine is.
 
 pub mod fd;
+pub mod priority;
 pub mod proc;
 pub mod seccomp;
 pub mod spawn;

@@ -256,7 +256,8 @@ impl RepoCache {
             let nearest = folder.ancestors().find(|dir| dir.exists()).unwrap_or(&self.root);
             access(nearest, AccessFlags::W_OK).is_ok()
         };
-        let all = ["blobs", "snapshots", "refs"].map(|part| self.dir().join(part)).into_iter().chain([self.lock_folder()]);
+        let all =
+            ["blobs", "snapshots", "refs"].map(|part| self.dir().join(part)).into_iter().chain([self.lock_folder()]);
         if all.map(writable).all(|may| may) { Access::ReadWrite } else { Access::ReadOnly }
     }
 

@@ -6,9 +6,8 @@ use std::fs::{self, Metadata};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use super::plan::Hash;
 use super::{RepoCache, name};
@@ -41,11 +40,11 @@ pub struct Revision {
     pub files: u64,
     /// Of its files, whoever shares their blobs.
     pub bytes: u64,
-    /// When a file of it, or its marker, was last read; a disk that notes no times says when it was written.
-    #[serde(rename = "last_used_unix", serialize_with = "unix")]
-    pub last_used: SystemTime,
-    #[serde(rename = "fetched_unix", serialize_with = "unix")]
-    pub fetched: SystemTime,
+    /// When a file of it, or its marker, was last read (seconds since 1970); a disk that notes no times says when it was written.
+    #[serde(rename = "last_used_unix")]
+    pub last_used: i64,
+    #[serde(rename = "fetched_unix")]
+    pub fetched: i64,
     /// The blobs that its links lead to, by name; in a cache without links it is the files themselves.
     #[serde(skip)]
     pub blobs: Vec<String>,
@@ -67,19 +66,15 @@ pub struct Piece {
     /// On the disk: a file with holes takes less than its length.
     pub bytes: u64,
     #[serde(skip)]
-    pub written: SystemTime,
+    pub written: i64,
     #[serde(skip)]
     pub inode: (u64, u64),
-}
-
-fn unix<S: Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {
-    to.serialize_u64(time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs()))
 }
 
 impl Piece {
     fn new(path: PathBuf, meta: &Metadata) -> Self {
         let bytes = if meta.is_dir() { 0 } else { meta.blocks().saturating_mul(512) };
-        Self { path, bytes, written: time(meta.mtime()), inode: (meta.dev(), meta.ino()) }
+        Self { path, bytes, written: meta.mtime(), inode: (meta.dev(), meta.ino()) }
     }
 }
 
@@ -98,7 +93,8 @@ pub fn look(root: &Path) -> std::io::Result<Vec<Kept>> {
     let mut all = Vec::new();
     for (folder, _) in entries(root)? {
         let named = folder.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_prefix("models--"));
-        let Some(repo) = named.map(|n| n.replacen("--", "/", 1)).filter(|repo| name::refuse_repo(repo).is_none()) else {
+        let Some(repo) = named.map(|n| n.replacen("--", "/", 1)).filter(|repo| name::refuse_repo(repo).is_none())
+        else {
             continue;
         };
         all.push(look_at(root, &repo)?);
@@ -149,7 +145,8 @@ fn look_at(root: &Path, repo: &str) -> std::io::Result<Kept> {
         }
     }
     let locks = cache.lock_folder();
-    let locks = entries(&locks)?.into_iter().map(|(path, _)| path).filter(|p| p.extension().is_some_and(|e| e == "lock"));
+    let locks =
+        entries(&locks)?.into_iter().map(|(path, _)| path).filter(|p| p.extension().is_some_and(|e| e == "lock"));
     Ok(Kept { repo: repo.to_owned(), snapshots, blobs, leftovers, locks: locks.collect(), folder })
 }
 
@@ -166,8 +163,8 @@ fn revision(
         refs,
         files: 0,
         bytes: 0,
-        last_used: SystemTime::UNIX_EPOCH,
-        fetched: time(own.mtime()),
+        last_used: 0,
+        fetched: own.mtime(),
         blobs: Vec::new(),
         inodes: Vec::new(),
         folder: folder.clone(),
@@ -182,13 +179,13 @@ fn revision(
         let Ok(meta) = fs::metadata(path) else { return };
         found.files += 1;
         found.bytes += meta.len();
-        found.last_used = found.last_used.max(time(meta.atime().max(meta.mtime())));
+        found.last_used = found.last_used.max(meta.atime().max(meta.mtime()));
         found.inodes.push((meta.dev(), meta.ino()));
         found.blobs.extend(target.as_deref().and_then(Path::file_name).and_then(|n| n.to_str()).map(str::to_owned));
     })?;
     if let Ok(marker) = fs::metadata(cache.marker_path(&found.commit)) {
         // Each start reads it.
-        found.last_used = found.last_used.max(time(marker.atime().max(marker.mtime())));
+        found.last_used = found.last_used.max(marker.atime().max(marker.mtime()));
     }
     Ok(found)
 }
@@ -231,10 +228,6 @@ fn entries(folder: &Path) -> std::io::Result<Vec<(PathBuf, Metadata)>> {
         }
     }
     Ok(all)
-}
-
-fn time(seconds: i64) -> SystemTime {
-    SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use super::plan::{Asked, Hash, RemoteFile, Transport};
 use super::verify;
 use super::{Pickles, RepoRequest, Wanted};
 
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 /// What is missing where there is neither an index nor a shard.
 const ANY_SHARD: &str = "*.safetensors";
 
@@ -113,7 +113,7 @@ fn missing_shards(snapshot: &Path, files: &[RemoteFile]) -> Result<Vec<String>, 
 }
 
 /// The files that the index's weight map names; none: it is no index.
-fn shards(index: &[u8]) -> Option<BTreeSet<String>> {
+pub(super) fn shards(index: &[u8]) -> Option<BTreeSet<String>> {
     let index: serde_json::Value = serde_json::from_slice(index).ok()?;
     let map = index.get("weight_map")?.as_object()?;
     let names: BTreeSet<String> = map.values().filter_map(|v| v.as_str()).map(str::to_owned).collect();

@@ -15,6 +15,7 @@
 //!     └─ marker of that commit is there and every file still has its size and time ───┘
 //! ```
 
+pub mod ahead;
 mod board;
 mod cache;
 mod error;
@@ -28,6 +29,7 @@ pub mod name;
 pub mod plan;
 pub mod progress;
 pub mod prune;
+pub mod room;
 mod settings;
 mod space;
 mod transfer;

@@ -263,7 +263,8 @@ fn set(what: &'static str, patterns: &[String]) -> Result<GlobSet, FetchError> {
     let mut set = GlobSetBuilder::new();
     for pattern in patterns {
         let folder = pattern.ends_with('/').then(|| format!("{pattern}*"));
-        let bad = || FetchError::BadRequest { what, value: pattern.clone(), why: "is no pattern: use names with * and ?" };
+        let bad =
+            || FetchError::BadRequest { what, value: pattern.clone(), why: "is no pattern: use names with * and ?" };
         set.add(Glob::new(folder.as_deref().unwrap_or(pattern)).map_err(|_| bad())?);
     }
     set.build().map_err(|_| FetchError::BadRequest {
@@ -308,7 +309,9 @@ mod tests {
     #[test]
     fn only_what_is_included_and_not_excluded_is_needed_and_pickles_stay_refused() {
         let listing = || {
-            ["config.json", "model.safetensors", "original/w.safetensors", "model.bin", "q4.gguf"].map(|n| file(n, 1)).to_vec()
+            ["config.json", "model.safetensors", "original/w.safetensors", "model.bin", "q4.gguf"]
+                .map(|n| file(n, 1))
+                .to_vec()
         };
         let asked = |include: &[&str], exclude: &[&str], pickles| {
             let words = |list: &[&str]| list.iter().map(|&word| word.to_owned()).collect();

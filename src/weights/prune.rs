@@ -8,8 +8,8 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
@@ -17,8 +17,8 @@ use super::inventory::{Kept, Piece, Revision, hash_of};
 use super::uses::Uses;
 use super::{RepoCache, hold, lock};
 
-/// What was written this lately may be somebody's who is at work without a lock, as between two files.
-const YOUNG: Duration = Duration::from_hours(1);
+/// Seconds. What was written this lately may be somebody's who is at work without a lock, as between two files.
+const YOUNG: i64 = 3600;
 
 /// What is removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -63,8 +63,8 @@ impl Tidying {
     }
 }
 
-/// Decides about one repository. `wanted` are commits that stay whatever points to them.
-pub fn plan(kept: &Kept, uses: &Uses, wanted: &[String], now: SystemTime) -> Tidying {
+/// Decides about one repository at `now`, in seconds since 1970. `wanted` are commits that stay whatever points to them.
+pub fn plan(kept: &Kept, uses: &Uses, wanted: &[String], now: i64) -> Tidying {
     let mut tidying = Tidying::default();
     let spare = |path: &Path, why: String| Spared { repo: kept.repo.clone(), path: path.to_owned(), why };
     if let Some(who) = fetching(kept) {
@@ -101,7 +101,7 @@ pub fn plan(kept: &Kept, uses: &Uses, wanted: &[String], now: SystemTime) -> Tid
         }
     }
     for path in &kept.locks {
-        let written = fs::metadata(path).and_then(|meta| meta.modified()).unwrap_or(now);
+        let written = fs::metadata(path).map_or(now, |meta| meta.mtime());
         if !is_young(written, now) {
             tidying.removals.push(remove(Kind::Lock, path, 0));
         }
@@ -128,14 +128,14 @@ pub fn user(revision: &Revision, uses: &Uses) -> Option<String> {
     uses.of_folder(&revision.folder).or_else(file).map(str::to_owned)
 }
 
-fn in_the_way(piece: &Piece, uses: &Uses, now: SystemTime) -> Option<String> {
+fn in_the_way(piece: &Piece, uses: &Uses, now: i64) -> Option<String> {
     let used = uses.of_file(&piece.path, piece.inode).map(|who| format!("is used by {who}"));
     used.or_else(|| is_young(piece.written, now).then(young))
 }
 
 /// A clock that was set back makes a file young, which only spares it.
-fn is_young(written: SystemTime, now: SystemTime) -> bool {
-    now.duration_since(written).map_or(true, |age| age < YOUNG)
+fn is_young(written: i64, now: i64) -> bool {
+    now - written < YOUNG
 }
 
 fn young() -> String {
@@ -148,7 +148,8 @@ pub fn remove(root: &Path, tidying: &Tidying) -> Vec<(PathBuf, std::io::Error)> 
     let mut failed = Vec::new();
     let mut at = 0;
     while let Some(first) = tidying.removals.get(at) {
-        let end = tidying.removals[at..].iter().position(|r| r.repo != first.repo).map_or(tidying.removals.len(), |n| at + n);
+        let end =
+            tidying.removals[at..].iter().position(|r| r.repo != first.repo).map_or(tidying.removals.len(), |n| at + n);
         let cache = RepoCache::new(root, &first.repo);
         // Fetchers hold it while they fetch, and wait while somebody tidies.
         match hold::claim(&cache.dir()) {

@@ -2,11 +2,11 @@
 
 use std::fmt::Write;
 use std::path::Path;
-use std::time::SystemTime;
 
 use serde::Serialize;
 
 use crate::cli::exit::Exit;
+use crate::observe::clock;
 use crate::weights::inventory::{self, Kept};
 use crate::weights::prune::{self, Kind, Tidying};
 use crate::weights::{Uses, bytes};
@@ -41,7 +41,7 @@ pub fn list(root: &Path, repo: Option<&str>, json: bool) -> Exit {
     if json {
         println!("{}", serde_json::json!({ "cache": root, "repositories": listed }));
     } else {
-        print!("{}", list_text(root, &listed, SystemTime::now()));
+        print!("{}", list_text(root, &listed, clock::unix_seconds()));
     }
     Exit::Ok
 }
@@ -71,7 +71,7 @@ fn look(root: &Path, repo: Option<&str>) -> Result<Vec<Kept>, Exit> {
     Ok(kept)
 }
 
-fn list_text(root: &Path, listed: &[Listed<'_>], now: SystemTime) -> String {
+fn list_text(root: &Path, listed: &[Listed<'_>], now: i64) -> String {
     let mut text = String::new();
     let mut snapshots = 0;
     for Listed { kept, bytes: all, fetched_by, used_by } in listed {
@@ -97,13 +97,8 @@ fn list_text(root: &Path, listed: &[Listed<'_>], now: SystemTime) -> String {
         }
     }
     let all = listed.iter().map(|listed| listed.bytes).sum();
-    let _ = writeln!(
-        text,
-        "{} repositories, {snapshots} snapshots, {} in {}",
-        listed.len(),
-        bytes(all),
-        root.display()
-    );
+    let _ =
+        writeln!(text, "{} repositories, {snapshots} snapshots, {} in {}", listed.len(), bytes(all), root.display());
     text
 }
 
@@ -114,7 +109,7 @@ pub fn prune(root: &Path, repo: Option<&str>, wanted: &[String], deed: Deed, jso
         Err(exit) => return exit,
     };
     let uses = Uses::look(root);
-    let now = SystemTime::now();
+    let now = clock::unix_seconds();
     let mut tidying = Tidying::default();
     for kept in &kept {
         let one = prune::plan(kept, &uses, wanted, now);
@@ -161,7 +156,11 @@ fn prune_text(root: &Path, tidying: &Tidying, deed: Deed) -> String {
     }
     let locks = tidying.removals.iter().filter(|removal| removal.kind == Kind::Lock).count();
     if locks > 0 {
-        let _ = writeln!(text, "{verb} {} of nobody", if locks == 1 { "1 lock".to_owned() } else { format!("{locks} locks") });
+        let _ = writeln!(
+            text,
+            "{verb} {} of nobody",
+            if locks == 1 { "1 lock".to_owned() } else { format!("{locks} locks") }
+        );
     }
     for spared in &tidying.spared {
         let _ = writeln!(text, "keeps {}: it {}", below(&spared.path), spared.why);
@@ -169,7 +168,9 @@ fn prune_text(root: &Path, tidying: &Tidying, deed: Deed) -> String {
     let freed = bytes(tidying.bytes());
     let _ = match (tidying.removals.is_empty(), deed) {
         (true, _) => writeln!(text, "nothing to remove in {}", root.display()),
-        (false, Deed::Show) => writeln!(text, "{freed} in {}; nothing was removed yet: add --yes to do it", root.display()),
+        (false, Deed::Show) => {
+            writeln!(text, "{freed} in {}; nothing was removed yet: add --yes to do it", root.display())
+        }
         (false, Deed::Remove) => writeln!(text, "{freed} freed in {}", root.display()),
     };
     text
@@ -180,8 +181,8 @@ fn files(number: usize) -> String {
 }
 
 /// Rough on purpose: a file's access time is noted once a day on most disks.
-fn ago(then: SystemTime, now: SystemTime) -> String {
-    let seconds = now.duration_since(then).map_or(0, |age| age.as_secs());
+fn ago(then: i64, now: i64) -> String {
+    let seconds = now.saturating_sub(then).max(0);
     match (seconds / 86_400, seconds / 3600, seconds / 60) {
         (0, 0, 0) => "just now".to_owned(),
         (0, 0, minutes) => format!("{minutes} min ago"),
@@ -193,15 +194,12 @@ fn ago(then: SystemTime, now: SystemTime) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::weights::prune::{Removal, Spared};
 
     #[test]
     fn how_long_ago_is_read_at_a_glance() {
-        let now = SystemTime::now();
-        let told = |seconds| ago(now - Duration::from_secs(seconds), now);
+        let told = |seconds| ago(1_000_000_000 - seconds, 1_000_000_000);
         assert_eq!(
             [5, 120, 7300, 90_000, 864_000].map(told),
             ["just now", "2 min ago", "2 h ago", "a day ago", "10 days ago"]
@@ -217,7 +215,11 @@ mod tests {
                 removal(Kind::Blob, "/c/models--a--b/blobs/ab", 3 << 20),
                 removal(Kind::Lock, "/c/.locks/x.lock", 0),
             ],
-            spared: vec![Spared { repo: "a/b".into(), path: "/c/models--a--b/blobs/cd".into(), why: "is used by x (pid 1)".into() }],
+            spared: vec![Spared {
+                repo: "a/b".into(),
+                path: "/c/models--a--b/blobs/cd".into(),
+                why: "is used by x (pid 1)".into(),
+            }],
         };
         insta::assert_snapshot!(prune_text(Path::new("/c"), &tidying, Deed::Show), @r"
         would remove old snapshot      0 bytes  models--a--b/snapshots/01

@@ -265,20 +265,16 @@ fn plan_text(plans: &[&FetchPlan], space: &Space) -> String {
         }
         let code: Vec<&str> = plan.code().map(|planned| planned.file.name.as_str()).collect();
         if !code.is_empty() {
-            let _ = writeln!(text, "  programs of this commit, run only where the engine trusts them: {}", code.join(", "));
+            let _ =
+                writeln!(text, "  programs of this commit, run only where the engine trusts them: {}", code.join(", "));
         }
         let (all, fetch) = (plan.bytes_total(), plan.bytes_to_fetch());
         let there = if fetch == 0 { "all there".to_owned() } else { format!("{} to fetch", bytes(fetch)) };
         let _ = writeln!(text, "  {} files, {}; {there}", plan.files.len(), bytes(all));
     }
     if space.needed > 0 {
-        let _ = writeln!(
-            text,
-            "{} needed, {} free in {}",
-            bytes(space.needed),
-            bytes(space.free),
-            space.folder.display()
-        );
+        let _ =
+            writeln!(text, "{} needed, {} free in {}", bytes(space.needed), bytes(space.free), space.folder.display());
     }
     text
 }
