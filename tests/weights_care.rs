@@ -63,7 +63,7 @@ fn spoil(path: &Path, how: impl FnOnce(&mut Vec<u8>)) {
     File::open(path).unwrap().set_times(FileTimes::new().set_modified(modified)).unwrap();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h01_verify_reads_all_again_and_mends_only_what_is_wrong_whatever_the_marker_says() {
     let site = Site::new().await;
     let snapshot = site.fetch().await.unwrap();

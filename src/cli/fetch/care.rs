@@ -199,7 +199,7 @@ mod tests {
 
     #[test]
     fn how_long_ago_is_read_at_a_glance() {
-        let told = |seconds| ago(1_000_000_000 - seconds, 1_000_000_000);
+        let told = |seconds: i64| ago(1_000_000_000 - seconds, 1_000_000_000);
         assert_eq!(
             [5, 120, 7300, 90_000, 864_000].map(told),
             ["just now", "2 min ago", "2 h ago", "a day ago", "10 days ago"]
