@@ -27,6 +27,7 @@ use show::Show;
 /// Workers of the runtime: streams and their bookkeeping; disk and hashing have threads of their own.
 const WORKERS: usize = 2;
 
+#[allow(clippy::struct_excessive_bools)] // each is a flag of the command line
 #[derive(Debug, Args)]
 pub struct FetchArgs {
     /// The repository, e.g. deepseek-ai/DeepSeek-V4-Pro [default: the configuration's].

@@ -1,6 +1,7 @@
 //! Has the shards read into memory while the engine imports, by a process of its own (`sglangd read-ahead`).
 
 use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -122,15 +123,17 @@ async fn run(order: Order, spawner: Spawner, beside: Beside, hear: mpsc::Sender<
 pub fn told(outcome: &Outcome) -> String {
     let Outcome { files, read, there, left, seconds, failed } = outcome;
     let rate = if *seconds > 0.0 { (*read as f64 / seconds) as u64 } else { 0 };
+    // Writing to a String cannot fail.
     let mut text = format!("read {} of {files} weight files ahead in {seconds:.1} s ({}/s)", bytes(*read), bytes(rate));
     if *there > 0 {
-        text += &format!(", {} lay in memory already", bytes(*there));
+        let _ = write!(text, ", {} lay in memory already", bytes(*there));
     }
     if *left > 0 {
-        text += &format!(", no room in memory for {}", bytes(*left));
+        let _ = write!(text, ", no room in memory for {}", bytes(*left));
     }
     if let Some(first) = failed.first() {
-        text += &format!("; {} could not be read, the first {first}: this is the disk, not the engine", failed.len());
+        let _ =
+            write!(text, "; {} could not be read, the first {first}: this is the disk, not the engine", failed.len());
     }
     text
 }

@@ -256,9 +256,9 @@ impl RepoCache {
             let nearest = folder.ancestors().find(|dir| dir.exists()).unwrap_or(&self.root);
             access(nearest, AccessFlags::W_OK).is_ok()
         };
-        let all =
+        let mut all =
             ["blobs", "snapshots", "refs"].map(|part| self.dir().join(part)).into_iter().chain([self.lock_folder()]);
-        if all.map(writable).all(|may| may) { Access::ReadWrite } else { Access::ReadOnly }
+        if all.all(writable) { Access::ReadWrite } else { Access::ReadOnly }
     }
 
     /// Bytes free for this user on the cache's disk.

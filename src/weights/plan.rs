@@ -135,7 +135,7 @@ impl FetchPlan {
     /// Programs of the repository's own, which the engine runs where it is told to trust them. They are those of
     /// this commit: a commit's files never change.
     pub fn code(&self) -> impl Iterator<Item = &PlannedFile> {
-        self.files.iter().filter(|f| f.file.name.ends_with(".py"))
+        self.files.iter().filter(|f| kind(&f.file.name) == Kind::Code)
     }
 
     /// Names of the files that are not there whole.
@@ -166,7 +166,7 @@ pub fn plan(
     let (mut files, skipped) = choose(request, commit, listing)?;
     // Small ones first: a gated or broken repository shows at the first request, and the engine's YAML
     // can be checked while the shards arrive. Then the order in which the engine loads shards.
-    files.sort_by(|a, b| (kind(&a.name) != Kind::Other, &a.name).cmp(&(kind(&b.name) != Kind::Other, &b.name)));
+    files.sort_by(|a, b| (kind(&a.name).is_weights(), &a.name).cmp(&(kind(&b.name).is_weights(), &b.name)));
     let files = files
         .into_iter()
         .map(|file| {
@@ -196,7 +196,15 @@ enum Kind {
     Pickle,
     /// The same weights for other programs: TensorFlow, JAX, ONNX, llama.cpp.
     Foreign,
+    /// Python of the repository's own.
+    Code,
     Other,
+}
+
+impl Kind {
+    fn is_weights(self) -> bool {
+        matches!(self, Self::Safetensors | Self::Pickle | Self::Foreign)
+    }
 }
 
 fn kind(name: &str) -> Kind {
@@ -205,6 +213,7 @@ fn kind(name: &str) -> Kind {
         "safetensors" => Kind::Safetensors,
         "bin" | "pt" | "pth" | "ckpt" | "pkl" | "pickle" => Kind::Pickle,
         "h5" | "msgpack" | "ot" | "onnx" | "onnx_data" | "tflite" | "gguf" | "mlmodel" | "npz" => Kind::Foreign,
+        "py" => Kind::Code,
         _ => Kind::Other,
     }
 }
@@ -222,13 +231,13 @@ fn choose(
     let needed = |file: &RemoteFile| {
         asked.allows(&file.name)
             && match (kind(&file.name), request.files) {
-                (Kind::Other, _) | (Kind::Safetensors, Wanted::All) => true,
+                (Kind::Other | Kind::Code, _) | (Kind::Safetensors, Wanted::All) => true,
                 (Kind::Pickle, Wanted::All) => pickles_serve,
                 (Kind::Foreign, Wanted::All) => by_name,
                 (_, Wanted::NoWeights) => false,
             }
     };
-    if request.files == Wanted::All && !listing.iter().any(|f| kind(&f.name) != Kind::Other && needed(f)) {
+    if request.files == Wanted::All && !listing.iter().any(|f| kind(&f.name).is_weights() && needed(f)) {
         return Err(FetchError::NoSafetensors {
             repo: request.repo.clone(),
             commit: commit.to_owned(),

@@ -104,6 +104,11 @@ impl Meter {
     pub fn note(&mut self, now: Instant, done: u64, read: u64) {
         let &(last, before) = self.samples.back().expect("new() puts one sample in and the trim below leaves two");
         if done != before || read != self.read {
+            if now.duration_since(self.moved) >= STALLED_AFTER {
+                // A stall that is over says nothing about the rate of now.
+                self.samples.clear();
+                self.samples.push_back((self.moved.max(now - STEP), before));
+            }
             self.moved = now;
             self.read = read;
         }
@@ -166,6 +171,17 @@ mod tests {
         meter.note(later, done, 0);
         let (_, eta, pace) = meter.read(later, done);
         assert_eq!((eta, pace), (None, Pace::Stalled));
+    }
+
+    #[test]
+    fn h07_a_stall_that_is_over_does_not_count_for_the_rate() {
+        let start = Instant::now();
+        let mut meter = Meter::new(start, 0, 100_000);
+        let (now, done) = run(&mut meter, start, 4, 0, 1000);
+        let (now, done) = run(&mut meter, now + Duration::from_secs(8), 2, done, 1000);
+        let (rate, eta, _) = meter.read(now, done);
+        assert!((900..=1100).contains(&rate), "{rate}");
+        assert!(eta.is_some_and(|eta| (80..=110).contains(&eta)), "{eta:?}");
     }
 
     #[test]
