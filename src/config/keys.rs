@@ -45,6 +45,15 @@ pub const KEYS: &[Key] = &[
     scalar("weights.nice", "10", "a number from 0 to 19"),
     scalar("weights.ioprio", "none", "`none`, `best-effort` or `idle`"),
     Key {
+        path: "weights.include",
+        shape: Shape::Words,
+        default: Some("[]"),
+        is: "a list of patterns: ['*.safetensors', '*.json']",
+    },
+    Key { path: "weights.exclude", shape: Shape::Words, default: Some("[]"), is: "a list of patterns: ['original/*']" },
+    scalar("weights.pickles", "refuse", "`refuse` or `allow`"),
+    scalar("weights.prefetch", "auto", "`auto`, `always` or `never`"),
+    Key {
         path: "engine.command",
         shape: Shape::Words,
         default: Some("[python3, -m, sglang.launch_server]"),

@@ -195,9 +195,8 @@ async fn tree(state: &State, revision: &str, query: &str, path: &str) -> Respons
 /// Where the store is, and a right to read there.
 fn xet_right(state: &State) -> Response<Body> {
     let Some(store) = &state.xet else { return text(404, "text/plain", "no such page") };
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     let right = serde_json::json!({
-        "accessToken": "a-right-to-read", "exp": now.as_secs() + 3600, "casUrl": store.url,
+        "accessToken": "a-right-to-read", "exp": jiff::Timestamp::now().as_second() + 3600, "casUrl": store.url,
     });
     text(200, "application/json", right.to_string())
 }

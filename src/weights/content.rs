@@ -125,7 +125,7 @@ impl Hub {
         etag: Option<&HeaderValue>,
     ) -> Result<Response, Fault> {
         // A range of compressed bytes is no range of the file.
-        let mut request = self.http()?.get(url.clone()).header(ACCEPT_ENCODING, "identity");
+        let mut request = self.http(url)?.get(url.clone()).header(ACCEPT_ENCODING, "identity");
         if ask == Ask::Range && *range != (0..file.size) {
             request = request.header(RANGE, format!("bytes={}-{}", range.start, range.end - 1));
             if let Some(etag) = etag {

@@ -73,6 +73,8 @@ pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes, Fault>> + Send>>;
 #[derive(Debug, Clone)]
 pub struct Hub {
     http: OnceLock<reqwest::Client>,
+    /// Without certificates, which take longer to read than a local hub to answer.
+    plain: OnceLock<reqwest::Client>,
     pub(super) endpoint: Url,
     pub(super) settings: Settings,
 }
@@ -81,7 +83,7 @@ impl Hub {
     pub fn new(settings: &Settings) -> Result<Self, FetchError> {
         let bad = |why| FetchError::BadRequest { what: "the hub's address", value: settings.endpoint.clone(), why };
         let endpoint: Url = settings.endpoint.parse().map_err(|_| bad("is no URL: correct weights.endpoint"))?;
-        Ok(Self { http: OnceLock::new(), endpoint, settings: settings.clone() })
+        Ok(Self { http: OnceLock::new(), plain: OnceLock::new(), endpoint, settings: settings.clone() })
     }
 
     pub(super) fn is_local(&self) -> bool {
@@ -89,8 +91,10 @@ impl Hub {
     }
 
     /// Follows redirects of the API alone: a file's redirects are followed by hand, since their target is kept.
-    pub(super) fn http(&self) -> Result<&reqwest::Client, Fault> {
-        if let Some(http) = self.http.get() {
+    pub(super) fn http(&self, to: &Url) -> Result<&reqwest::Client, Fault> {
+        let plain = to.scheme() == "http" && is_loopback(to);
+        let kept = if plain { &self.plain } else { &self.http };
+        if let Some(http) = kept.get() {
             return Ok(http);
         }
         let local = self.is_local();
@@ -101,18 +105,21 @@ impl Hub {
             .http1_only()
             .pool_max_idle_per_host(self.settings.connections)
             .redirect(Policy::custom(move |attempt| follow(attempt, local)));
+        if plain {
+            http = http.tls_certs_only([]);
+        }
         if local {
             // The demo's hub is on this machine, whatever proxy the environment names.
             http = http.no_proxy();
         }
         let http = http.build().map_err(|error| Fault::Fatal(unreachable(&self.settings, &error)))?;
-        Ok(self.http.get_or_init(|| http))
+        Ok(kept.get_or_init(|| http))
     }
 
     fn client(&self) -> Result<HFClient, Fault> {
         let mut builder = HFClient::builder()
             .endpoint(&self.settings.endpoint)
-            .client(self.http()?.clone())
+            .client(self.http(&self.endpoint)?.clone())
             .cache_dir(&self.settings.cache)
             // Its retries know neither our patience nor each other.
             .retry_max_attempts(0);
@@ -166,7 +173,7 @@ impl Hub {
     }
 
     async fn page(&self, repo: &str, commit: &str, url: Url) -> Result<(Vec<u8>, Option<String>), Fault> {
-        let mut request = self.http()?.get(url.clone()).header(ACCEPT, "application/json");
+        let mut request = self.http(&url)?.get(url.clone()).header(ACCEPT, "application/json");
         if let Some(token) = &self.settings.token {
             request = request.bearer_auth(token.expose());
         }

@@ -80,7 +80,7 @@ impl Journal {
         let slots: Vec<Slot> = done.iter().map(slot).collect();
         let mut text = format!("sglangd ranges 1 {size} {boot}\n");
         let head = text.len() as u64;
-        slots.iter().for_each(|slot| text.push_str(&slot.line()));
+        text.extend(slots.iter().map(Slot::line));
         // Beside it first: at no moment may the old journal be gone and the new one not be there.
         let fresh = path.with_extension("fresh.incomplete");
         let mut file = File::options().read(true).write(true).create(true).truncate(true).open(&fresh)?;

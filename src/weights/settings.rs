@@ -184,7 +184,7 @@ fn yes(value: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::{RepoRequest, Tuning};
+    use crate::weights::{Proof, RepoRequest, Tuning};
 
     fn resolve(request: &Request, vars: &[(&str, &str)]) -> Settings {
         Settings::resolve(request, |name| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned())).unwrap()
@@ -192,7 +192,14 @@ mod tests {
 
     fn request() -> Request {
         let repos = vec![RepoRequest::model("a/b", "main")];
-        Request { repos, cache: None, endpoint: None, download: Download::Auto, tuning: Tuning::default() }
+        Request {
+            repos,
+            cache: None,
+            endpoint: None,
+            download: Download::Auto,
+            proof: Proof::default(),
+            tuning: Tuning::default(),
+        }
     }
 
     #[test]

@@ -26,7 +26,7 @@ use super::error::FetchError;
 use super::hub::{ByteStream, Fault, Hub, Scope};
 use super::lock;
 use super::plan::{RemoteFile, Transport};
-use super::ranges::Pieces;
+use super::ranges::{Pieces, Ranges};
 use super::rate::Rate;
 use super::settings::Settings;
 use super::verify;
@@ -180,7 +180,7 @@ impl Repo {
     ) -> Result<Ask, FetchError> {
         let (gaps, piece) = match ask {
             Ask::Range => (partial.gaps(), self.piece(file)),
-            Ask::Whole => (vec![0..file.size], file.size),
+            Ask::Whole => (Ranges::default().gaps(file.size), file.size),
         };
         let work = Arc::new(Work {
             repo: self.clone(),

@@ -375,6 +375,7 @@ fn remove(path: &Path) -> std::io::Result<()> {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // one gap is a list of one
 mod tests {
     use super::*;
     use crate::weights::plan::Transport;

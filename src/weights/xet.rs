@@ -3,7 +3,7 @@
 //! is `transfer`'s, the same as for plain files: resuming, stalls, patience, the whole file's hash.
 
 use std::ops::Range;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream;
@@ -31,7 +31,8 @@ pub struct Xet(Mutex<Option<Open>>);
 
 struct Open {
     group: XetDownloadStreamGroup,
-    until: SystemTime,
+    /// Seconds since 1970, as the hub says it.
+    until: u64,
 }
 
 /// The hub's answer to who wants to read.
@@ -80,7 +81,9 @@ impl Xet {
 
     async fn group(&self, hub: &Hub, repo: &str, commit: &str) -> Result<XetDownloadStreamGroup, Fault> {
         let mut open = self.0.lock().await;
-        if let Some(open) = open.as_ref().filter(|open| open.until > SystemTime::now() + SOON) {
+        if let Some(open) = open.as_ref().filter(|open| {
+            u64::try_from(jiff::Timestamp::now().as_second()).is_ok_and(|now| open.until > now + SOON.as_secs())
+        }) {
             return Ok(open.group.clone());
         }
         let (url, right) = right(hub, repo, commit).await?;
@@ -102,7 +105,7 @@ impl Xet {
             .with_token_info(right.access_token, right.exp)
             .with_token_refresh_url(url.as_str(), headers);
         let group = hub.in_time(group.build()).await?.map_err(|error| fault(&error))?;
-        *open = Some(Open { group: group.clone(), until: UNIX_EPOCH + Duration::from_secs(right.exp) });
+        *open = Some(Open { group: group.clone(), until: right.exp });
         Ok(group)
     }
 }
@@ -111,7 +114,7 @@ impl Xet {
 async fn right(hub: &Hub, repo: &str, commit: &str) -> Result<(Url, Right), Fault> {
     let address = format!("{}/api/models/{repo}/xet-read-token/{commit}", hub.settings.endpoint);
     let url: Url = address.parse().map_err(|_| Fault::again(format!("{address} is no URL")))?;
-    let mut request = hub.http()?.get(url.clone());
+    let mut request = hub.http(&url)?.get(url.clone());
     if let Some(token) = &hub.settings.token {
         request = request.bearer_auth(token.expose());
     }

@@ -9,7 +9,9 @@ use std::time::Duration;
 use sglangd::config::Download;
 use sglangd::simulate::hub::{COMMIT, Content, Fault, Hub, Options, Route, What, Which};
 use sglangd::simulate::model::{ModelFile, Storage, demo};
-use sglangd::weights::{self, FetchError, Patience, Progress, RepoRequest, Request, Settings, Snapshot, Token, Tuning};
+use sglangd::weights::{
+    self, FetchError, Patience, Progress, Proof, RepoRequest, Request, Settings, Snapshot, Token, Tuning,
+};
 
 pub const REPO: &str = "made-up/tiny";
 /// Where `main` goes when it moves.
@@ -76,6 +78,7 @@ impl Site {
             endpoint: Some(self.hub.endpoint()),
             download: Download::Auto,
             tuning: Tuning::default(),
+            proof: Proof::Kept,
         }
     }
 
