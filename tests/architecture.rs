@@ -13,14 +13,18 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("keys", &["admission"]),
     ("shutdown", &[]),
     ("health", &[]),
+    ("node", &["sys"]),
     ("config", &["link"]),
     ("engine", &["config"]),
     ("weights", &["config"]),
     ("launch", &["sys", "engine"]),
     ("proxy", &["link", "admission", "keys"]),
     ("simulate", &["config", "engine", "observe", "weights"]),
-    ("supervisor", &["config", "engine", "exit", "health", "launch", "link", "observe", "shutdown", "sys", "weights"]),
-    ("observe", &["config", "health", "link", "supervisor"]),
+    (
+        "supervisor",
+        &["config", "engine", "exit", "health", "launch", "link", "node", "observe", "shutdown", "sys", "weights"],
+    ),
+    ("observe", &["config", "health", "link", "node", "supervisor"]),
 ];
 
 fn sources(folder: &Path, found: &mut Vec<PathBuf>) {

@@ -17,6 +17,7 @@ mod http_faults;
 mod keys_faults;
 mod limits_faults;
 mod main_job;
+mod node_faults;
 mod probe_and_status;
 mod proxy_process;
 mod repositories;

@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 pub use crate::exit;
+pub mod bundle;
 mod certificate;
 pub mod fetch;
 pub mod guard;
@@ -45,6 +46,8 @@ pub enum Command {
     Probe(probe::ProbeArgs),
     /// Show what a running sglangd is doing.
     Status(status::StatusArgs),
+    /// Write down all that can be known of the engine now, and say where it lies.
+    Bundle(bundle::BundleArgs),
     /// Add, list and remove API keys.
     Keys(keys::KeysArgs),
     /// Only the reverse proxy, in front of an engine that somebody else runs.
@@ -161,6 +164,7 @@ pub fn run(cli: Cli) -> Exit {
         Command::Fetch(args) => fetch::run(args),
         Command::Probe(args) => probe::run(args),
         Command::Status(args) => status::run(args),
+        Command::Bundle(args) => bundle::run(args),
         Command::Keys(args) => keys::run(args),
         Command::Proxy(args) => proxy::run(args),
         Command::Simulate(args) => simulate::run(args),

@@ -20,9 +20,9 @@ use crate::engine::resolve::resolve;
 use crate::launch::guard::Guarded;
 use crate::launch::spawner::{self, MainThread};
 use crate::link::status::Listening;
-use crate::observe::{admin, logging};
+use crate::observe::{admin, bundle, logging};
 use crate::shutdown::Signals;
-use crate::supervisor::driver::{Driver, Outside, Reload, exit_of};
+use crate::supervisor::driver::{Driver, Outlook, Outside, Reload, exit_of};
 use crate::sys::spawn::{ParentDeath, Spec, Stream};
 use bind::Bound;
 
@@ -83,6 +83,10 @@ pub fn run(mut args: ServeArgs) -> Exit {
         tracing::warn!("{warning}");
     }
     greet(&loaded, &bound);
+    if let Some(panic) = bundle::last_panic(&folders.state) {
+        tracing::warn!("sglangd itself broke down in an earlier run; its last words are in {}", panic.display());
+    }
+    bundle::keep_panics(&folders.state);
     let (own, main_thread) = spawner::pair();
     let supervisor = Supervisor { loaded, folders, sources, inspect_arguments, bound, spawner: own };
     supervise(supervisor, main_thread)
@@ -166,11 +170,13 @@ impl Supervisor {
             })),
         };
         let (driver, outlook) = Driver::new(outside);
-        let routes =
-            admin::routes(admin::Sources { status: outlook.status, engine: outlook.engine, half: outlook.half });
+        let Outlook { status, engine, half, asks } = outlook;
+        let sources = admin::Sources { status, engine, half, asks };
+        let (looked_at, operated) =
+            (admin::routes(sources.clone(), admin::Door::Network), admin::routes(sources, admin::Door::Socket));
         admin_listener.set_nonblocking(true)?;
-        tokio::spawn(admin::serve_tcp(tokio::net::TcpListener::from_std(admin_listener)?, routes.clone()));
-        tokio::spawn(admin::serve_unix(tokio::net::UnixListener::from_std(admin_socket)?, routes));
+        tokio::spawn(admin::serve_tcp(tokio::net::TcpListener::from_std(admin_listener)?, looked_at));
+        tokio::spawn(admin::serve_unix(tokio::net::UnixListener::from_std(admin_socket)?, operated));
         let code = driver.run().await;
         // The names go before the lock: whoever comes next makes its own.
         let _ = std::fs::remove_file(&socket_path);

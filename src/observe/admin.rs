@@ -9,15 +9,17 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use prometheus::{Gauge, IntCounter, Opts, Registry, TextEncoder};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 
+use super::logging;
 use crate::health::client::{self, Target};
 use crate::link::status::Status;
 use crate::link::{EngineState, EngineView};
+use crate::supervisor::driver::Ask;
 use crate::supervisor::half::Half;
 
 /// The engine gathers its page from files of all ranks; a hung one does not answer at all.
@@ -30,10 +32,24 @@ pub struct Sources {
     pub status: watch::Receiver<Status>,
     pub engine: watch::Receiver<EngineView>,
     pub half: Half,
+    pub asks: mpsc::Sender<Ask>,
 }
 
-pub fn routes(sources: Sources) -> Router {
-    Router::new()
+/// Who may come in through a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Door {
+    /// Whoever reaches the address: may look.
+    Network,
+    /// The socket that only this user (and its group) may open: may act, too.
+    Socket,
+}
+
+pub fn routes(sources: Sources, door: Door) -> Router {
+    let routes = match door {
+        Door::Network => Router::new(),
+        Door::Socket => Router::new().route("/bundle", post(bundle)),
+    };
+    routes
         .route("/status", get(status))
         .route("/metrics", get(metrics))
         .fallback(|| async {
@@ -68,6 +84,20 @@ pub fn bind_unix(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
 
 async fn status(State(sources): State<Arc<Sources>>) -> Json<Status> {
     Json(sources.status.borrow().clone())
+}
+
+/// Makes one and says where it lies, in one line.
+async fn bundle(State(sources): State<Arc<Sources>>) -> (StatusCode, String) {
+    let (tell, told) = oneshot::channel();
+    let gone = || (StatusCode::SERVICE_UNAVAILABLE, "sglangd is ending\n".to_owned());
+    if sources.asks.send(Ask::Bundle(tell)).await.is_err() {
+        return gone();
+    }
+    match told.await {
+        Ok(Ok(path)) => (StatusCode::OK, format!("{}\n", path.display())),
+        Ok(Err(what)) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{what}\n")),
+        Err(_) => gone(),
+    }
 }
 
 /// Our own, the proxy's, and the engine's `sglang:*` as they are.
@@ -146,6 +176,17 @@ fn own(status: &Status) -> String {
         gauge("sglangd_weights_bytes", "Bytes of the weights that are there.", &[], weights.done as f64);
         gauge("sglangd_weights_total_bytes", "Bytes of the weights in all.", &[], weights.total as f64);
     }
+    for gpu in &status.gpus {
+        let (index, uuid) = (gpu.index.to_string(), gpu.uuid.as_str());
+        let labels = [("gpu", index.as_str()), ("uuid", uuid)];
+        gauge(
+            "sglangd_gpu_memory_used_bytes",
+            "Memory in use on a GPU, whoever holds it.",
+            &labels,
+            gpu.memory_used as f64,
+        );
+        gauge("sglangd_gpu_memory_total_bytes", "Memory of a GPU.", &labels, gpu.memory_total as f64);
+    }
     let counter = |name: &str, help: &str, value: u64| {
         let counter = IntCounter::new(name, help).expect("names below are valid");
         counter.inc_by(value);
@@ -155,6 +196,11 @@ fn own(status: &Status) -> String {
         "sglangd_engine_restarts_total",
         "Engines started again since sglangd's start.",
         u64::from(status.engine.restarts),
+    );
+    counter(
+        "sglangd_log_lines_dropped_total",
+        "Lines of the log that nobody took in time.",
+        logging::dropped_lines() as u64,
     );
     counter(
         "sglangd_proxy_restarts_total",

@@ -48,6 +48,18 @@ pub struct Found {
     pub signatures: Vec<Signature>,
     /// The supervisor's own judgement, where it ended a living engine.
     pub verdict: Option<String>,
+    pub node: NodeFound,
+}
+
+/// What the machine said of the time in which it lived.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NodeFound {
+    /// Whether the kernel killed one of its processes for memory; none: nobody could look.
+    pub oom_kill: Option<bool>,
+    /// A GPU's failure, in the driver's words.
+    pub hardware: Option<String>,
+    /// An error of a GPU that a program may cause.
+    pub gpu_fault: Option<String>,
 }
 
 /// One class, one sentence, one piece of advice. `before`: the class of the start before this one, if
@@ -58,8 +70,15 @@ pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {
         (Some(Ended::Signaled(signal)), _) => How::Signaled(signal),
         (None, _) => How::Hung,
     };
-    let evidence =
-        Evidence { how, reached: found.reached, tail: &found.tail, signatures: &found.signatures, oom_kill: None };
+    let evidence = Evidence {
+        how,
+        reached: found.reached,
+        tail: &found.tail,
+        signatures: &found.signatures,
+        oom_kill: found.node.oom_kill,
+        hardware: found.node.hardware.as_deref(),
+        gpu_fault: found.node.gpu_fault.as_deref(),
+    };
     let cause = death::classify(&evidence);
     let exit = match cause.exit {
         ExitRow::Weights => Exit::Weights,
@@ -72,9 +91,11 @@ pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {
         death::Retry::Once if before == Some(class) => Retry::Never,
         death::Retry::Once | death::Retry::Backoff => Retry::Backoff,
     };
-    Cause {
-        failure: Failure { class, retry, exit: exit.code() },
-        sentence: found.verdict.clone().unwrap_or(cause.sentence),
-        advice: cause.advice.to_owned(),
-    }
+    let sentence = match &found.verdict {
+        None => cause.sentence,
+        // What was seen from outside, and why, where more is known than that.
+        Some(verdict) if cause.class == death::Class::Hang => verdict.clone(),
+        Some(verdict) => format!("{verdict} {}", cause.sentence),
+    };
+    Cause { failure: Failure { class, retry, exit: exit.code() }, sentence, advice: cause.advice.to_owned() }
 }

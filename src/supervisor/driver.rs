@@ -4,16 +4,20 @@
 //! link) sends it messages, and reads what it publishes.
 
 mod act;
+mod bundle;
 mod duty;
+mod node;
 mod tell;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::acquire::{Acquired, Means};
 use super::cause::Cause;
@@ -21,6 +25,7 @@ use super::fetcher::Current;
 use super::half::{Half, HalfView, Orders};
 use super::loading::Loading;
 use super::prepare::Prepared;
+use super::releasing::{Room, Uses};
 use super::report::{Facts, Systemd, headline};
 use super::running::{Notice, Running, Stuck};
 use super::step::{Action, Event, Machine, Millis, Policy, State};
@@ -36,6 +41,7 @@ use crate::launch::output::Said;
 use crate::launch::spawner::Spawner;
 use crate::link::status::{Listening, RankStatus, Status, WeightsStatus};
 use crate::link::{EngineView, ProxySettings};
+use crate::node::gpus::{Gpus, Look, Source};
 use crate::shutdown::{Signals, Wish};
 use crate::weights::Progress;
 
@@ -66,11 +72,16 @@ enum Report {
     Notice(Notice),
     TreeEmpty,
     Released { roll: u16 },
+    Gpus(Look),
+    Bundled(Result<PathBuf, String>),
 }
+
+use node::NodeFacts;
 
 /// What the driver's loop woke up for.
 enum Turn {
     Wish(Wish),
+    Asked(Ask),
     Report(Report),
     Said(Said),
     Step(Progress),
@@ -79,6 +90,16 @@ enum Turn {
     Due,
     Beat,
 }
+
+/// What an operator may ask for, through the admin socket alone.
+#[derive(Debug)]
+pub enum Ask {
+    /// Write down what can be known now; the answer is where it lies.
+    Bundle(oneshot::Sender<Result<PathBuf, String>>),
+}
+
+/// Operators are few, and each waits for an answer.
+const ASKS: usize = 4;
 
 /// Reads the configuration anew, for SIGHUP; the error is ready to be shown.
 pub struct Reload(pub Box<dyn Fn() -> Result<Loaded, String> + Send>);
@@ -110,6 +131,7 @@ pub struct Outlook {
     pub status: watch::Receiver<Status>,
     pub engine: watch::Receiver<EngineView>,
     pub half: Half,
+    pub asks: mpsc::Sender<Ask>,
 }
 
 #[derive(Debug)]
@@ -156,6 +178,15 @@ pub struct Driver {
     last_exit: Option<String>,
     ranks: Vec<RankStatus>,
     warnings: Vec<String>,
+    room: Room,
+    /// Of the engine that was launched last, until its GPUs are free.
+    uses: Option<Uses>,
+    node: NodeFacts,
+    asked: mpsc::Receiver<Ask>,
+    /// Where the last bundle lies.
+    bundle: Option<PathBuf>,
+    /// Cancelled when nobody is to wait for the GPUs any longer.
+    hurry: CancellationToken,
     pulse: duty::PulseState,
     stop_asked: Option<Instant>,
     exit: Option<u8>,
@@ -173,6 +204,7 @@ impl Driver {
         let (said, hearing) = mpsc::channel(FACTS);
         let (steps, downloading) = mpsc::channel(STEPS);
         let (phases, phasing) = mpsc::channel(STEPS);
+        let (asks, asked) = mpsc::channel(ASKS);
         let means = Means { loaded, folders, own_env: own_env.clone(), inspect_arguments };
 
         let facts = Facts {
@@ -196,17 +228,21 @@ impl Driver {
             warnings: &warnings,
             uptime: Duration::ZERO,
             suspected: None,
+            gpus: &[],
+            in_the_way: "",
+            bundle: None,
         };
         let (status, status_reader) = watch::channel(facts.status());
         let (engine_view, engine_reader) = watch::channel(facts.view());
         let (settings, settings_reader) = watch::channel(ProxySettings::from(&config));
+        let room = Room::new(Gpus::of(Source::from_env(|name| own_env.get(OsStr::new(name)).cloned())));
         let half = Half::keep(
             spawner.clone(),
             listeners,
             Orders { settings: settings_reader, engine: engine_reader.clone() },
             tell::proxy_env(&own_env, &config),
         );
-        let outlook = Outlook { status: status_reader, engine: engine_reader, half: half.clone() };
+        let outlook = Outlook { status: status_reader, engine: engine_reader, half: half.clone(), asks };
         let driver = Self {
             machine,
             born: Instant::now(),
@@ -245,6 +281,12 @@ impl Driver {
             last_exit: None,
             ranks: Vec::new(),
             warnings,
+            room,
+            uses: None,
+            node: NodeFacts::default(),
+            asked,
+            bundle: None,
+            hurry: CancellationToken::new(),
             pulse: duty::PulseState::default(),
             stop_asked: None,
             exit: None,
@@ -262,6 +304,7 @@ impl Driver {
 
     /// Runs until the machine is stopped; the exit code is its last word.
     pub async fn run(mut self) -> u8 {
+        self.look_at_gpus();
         self.act(Action::Fetch).await;
         self.publish();
         let mut beat = tokio::time::interval(BEAT);
@@ -275,6 +318,7 @@ impl Driver {
             let turn = tokio::select! {
                 biased;
                 wish = self.signals.next() => Turn::Wish(wish),
+                Some(ask) = self.asked.recv() => Turn::Asked(ask),
                 Some(report) = self.inbox.recv() => Turn::Report(report),
                 Some(said) = self.hearing.recv() => Turn::Said(said),
                 Some(step) = self.downloading.recv() => Turn::Step(step),
@@ -286,6 +330,7 @@ impl Driver {
             self.woke().await;
             match turn {
                 Turn::Wish(wish) => self.wished(wish).await,
+                Turn::Asked(Ask::Bundle(tell)) => self.bundle_on_demand(tell),
                 Turn::Report(report) => self.reported(report).await,
                 Turn::Said(said) => self.heard(said).await,
                 Turn::Step(step) => self.downloaded(&step),
@@ -349,6 +394,7 @@ impl Driver {
                     self.systemd.stopping();
                 }
                 self.on(Event::Stop).await;
+                self.hurry.cancel();
             }
             Wish::Reload => self.reloaded(),
             Wish::Reap => {

@@ -48,9 +48,8 @@ pub struct Ingredients {
     pub snapshots: Vec<Snapshot>,
 }
 
-/// Does it all. Blocking: files, `/proc`, and up to ten seconds for processes of an earlier run.
+/// Does it all, once nothing of an earlier run is left. Blocking: files and `/proc`.
 pub fn prepare(from: &Ingredients) -> Result<Prepared, Cause> {
-    end_earlier_run(&from.folders.runtime)?;
     let launch_id = random_hex(4);
     let tmpdir = temporary_folder(&launch_id).map_err(|e| no_folder("a temporary folder", &e))?;
     let leftovers = Leftovers::note(tmpdir.clone());
@@ -93,7 +92,7 @@ fn write(from: &Ingredients, launch_id: &str, leftovers: Leftovers) -> Result<Pr
         upstream: Upstream { addr: port.addr(), api_key: Some(api_key.clone()) },
         spec,
         port,
-        tree: Tree { launch_id: launch_id.to_owned(), leader: None },
+        tree: Tree { launch_id: launch_id.to_owned(), leader: None, cgroup: None },
         leftovers,
         yaml,
         secrets: vec![api_key, admin_api_key],
@@ -101,8 +100,8 @@ fn write(from: &Ingredients, launch_id: &str, leftovers: Leftovers) -> Result<Pr
 }
 
 /// What a killed sglangd left, where no guard, cgroup or container ended it: ended before anything
-/// new is started on its GPUs.
-fn end_earlier_run(runtime: &Path) -> Result<(), Cause> {
+/// new is started on its GPUs. Blocking, for up to ten seconds.
+pub fn end_earlier_run(runtime: &Path) -> Result<(), Cause> {
     let Some(record) = Record::read(runtime) else { return Ok(()) };
     match record.end_leftovers() {
         Ok(0) => {}

@@ -1,6 +1,6 @@
 //! What is told to the world after each step: `GET /status`, the proxy's view of the engine, systemd.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -12,7 +12,7 @@ use super::running::Running;
 use super::step::{Machine, State};
 use crate::config::{Config, ModelSource};
 use crate::link::status::{
-    EngineStatus, Listening, ModelStatus, ProxyStatus, RankStatus, Requests, Status, WeightsStatus,
+    EngineStatus, GpuStatus, Listening, ModelStatus, ProxyStatus, RankStatus, Requests, Status, WeightsStatus,
 };
 use crate::link::{EngineState, EngineView};
 use crate::weights::Snapshot;
@@ -49,6 +49,10 @@ pub struct Facts<'a> {
     pub warnings: &'a [String],
     pub uptime: Duration,
     pub suspected: Option<Duration>,
+    pub gpus: &'a [GpuStatus],
+    /// Who holds memory that the next engine needs, as a sentence.
+    pub in_the_way: &'a str,
+    pub bundle: Option<&'a Path>,
 }
 
 /// The state's name for everybody outside.
@@ -90,6 +94,7 @@ impl Facts<'_> {
                 "sglangd is stopping.".into()
             }
             _ if self.machine.stopping() => "sglangd is stopping.".into(),
+            State::Preparing | State::Releasing { .. } if !self.in_the_way.is_empty() => self.in_the_way.to_owned(),
             _ => self.cause.map(|cause| cause.sentence.clone()).unwrap_or_default(),
         }
     }
@@ -99,6 +104,10 @@ impl Facts<'_> {
             State::Ready | State::Busy => String::new(),
             State::Unkillable { .. } => {
                 "They hang in the kernel, mostly in a driver: the node needs a look, then a reboot.".into()
+            }
+            State::Preparing if !self.in_the_way.is_empty() => {
+                "End what holds the memory, or lower `mem-fraction-static`; the engine starts by itself once there is room."
+                    .into()
             }
             _ => self.cause.map(|cause| cause.advice.clone()).unwrap_or_default(),
         }
@@ -139,6 +148,7 @@ impl Facts<'_> {
                 port: self.engine.map(|e| e.upstream.addr.port()),
                 ranks: self.ranks.to_vec(),
                 suspected_seconds: self.suspected.map(|d| d.as_secs()),
+                cgroup: self.engine.and_then(|e| e.tree.cgroup.clone()),
             },
             requests: Requests {
                 in_flight: self.half.traffic.in_flight,
@@ -152,6 +162,8 @@ impl Facts<'_> {
             },
             proxy: ProxyStatus { pid: self.half.pid, restarts: self.half.restarts },
             weights: self.weights.cloned(),
+            gpus: self.gpus.to_vec(),
+            bundle: self.bundle.map(Path::to_owned),
             // TLS can be switched by a reload, an address cannot.
             listen: Listening { tls: self.config.listen.tls.is_some(), ..self.listen.clone() },
             warnings: (self.warnings.iter().chain(&self.half.warnings).chain(&self.half.refused))

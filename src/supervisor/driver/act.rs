@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use rand::Rng;
 
-use super::{Driver, Report};
+use super::{Driver, Report, bundle};
 use crate::engine::death::Reached;
 use crate::exit::Exit;
 use crate::health::probe::{self, Pulse};
@@ -12,10 +12,16 @@ use crate::launch::record::Record;
 use crate::supervisor::acquire::acquire;
 use crate::supervisor::autopsy::{self, Found};
 use crate::supervisor::cause::Cause;
+use crate::supervisor::findings::{Stacks, Subject};
 use crate::supervisor::loading::{Loading, Memory};
-use crate::supervisor::prepare::{Ingredients, prepare};
+use crate::supervisor::prepare::{Ingredients, end_earlier_run, prepare};
+use crate::supervisor::releasing::{Uses, Waited};
 use crate::supervisor::running::{End, Notice, launch, stranger};
 use crate::supervisor::step::{Action, Check, Event, Machine, State};
+
+fn broke_off(error: &tokio::task::JoinError) -> Cause {
+    Cause::passing("bug", Exit::Bug.code(), format!("The preparation of a start broke off: {error}."), "")
+}
 
 /// What clients read whose stream is cut by a stop.
 const CUT_REASON: &str = "The server is shutting down; the answer is incomplete. Try again.";
@@ -39,12 +45,7 @@ impl Driver {
                 }
             }
             Action::Kill => self.kill(),
-            Action::Release => {
-                // Whether the GPUs' memory is free again is not known here yet (no NVML): the tree is
-                // empty, and the driver frees what a dead process held within some 200 ms.
-                let roll = rand::rng().random_range(0..1000);
-                self.send(Report::Released { roll });
-            }
+            Action::Release => self.release(),
             Action::Exit(code) => self.exit = Some(code),
         }
     }
@@ -76,23 +77,45 @@ impl Driver {
             resolved: acquired.resolved.clone(),
             snapshots: acquired.snapshots.clone(),
         };
+        let uses = Uses::of(&from.config, &from.resolved, &from.own_env);
+        self.node.uses = Some(uses.clone());
+        let (room, stop) = (self.room.clone(), self.hurry.clone());
         let reports = self.reports.clone();
         self.preparing = Some(tokio::spawn(async move {
-            let prepared = tokio::task::spawn_blocking(move || prepare(&from)).await;
-            let prepared = prepared.unwrap_or_else(|error| {
-                Err(Cause::passing(
-                    "bug",
-                    Exit::Bug.code(),
-                    format!("The preparation of a start broke off: {error}."),
-                    "",
-                ))
-            });
+            let runtime = from.folders.runtime.clone();
+            let ended = tokio::task::spawn_blocking(move || end_earlier_run(&runtime)).await;
+            let prepared = match ended.unwrap_or_else(|error| Err(broke_off(&error))) {
+                Err(cause) => Err(cause),
+                // A stop: the kill that follows waits for us, and nobody for the start.
+                Ok(()) if room.free(&uses, &stop).await == Waited::Broken => return,
+                Ok(()) => {
+                    let prepared = tokio::task::spawn_blocking(move || prepare(&from)).await;
+                    prepared.unwrap_or_else(|error| Err(broke_off(&error)))
+                }
+            };
             let _ = reports.send(Report::Prepared(prepared.map(Box::new))).await;
         }));
     }
 
+    /// Until the memory of the engine that was is free; at a stop, not for long.
+    fn release(&mut self) {
+        let roll = rand::rng().random_range(0..1000);
+        let Some(uses) = self.uses.take() else {
+            // Nothing was launched: nothing is held.
+            self.send(Report::Released { roll });
+            return;
+        };
+        let (room, hurry, reports) = (self.room.clone(), self.hurry.clone(), self.reports.clone());
+        tokio::spawn(async move {
+            let _ = room.released(&uses, &hurry).await;
+            let _ = reports.send(Report::Released { roll }).await;
+        });
+    }
+
     async fn launch(&mut self) {
         let Some(prepared) = self.prepared.take() else { return };
+        self.uses = self.node.uses.clone();
+        self.node.launched();
         let (notices, mut from) = tokio::sync::mpsc::channel::<Notice>(4);
         let reports = self.reports.clone();
         tokio::spawn(async move {
@@ -149,18 +172,32 @@ impl Driver {
             return;
         };
         engine.stop_watching();
-        let reports = self.reports.clone();
+        let (reports, spawner) = (self.reports.clone(), self.spawner.clone());
+        let (state, about) = (self.means.folders.state.clone(), self.about());
         let reached = if self.pulse.served { Reached::Ready } else { self.loading.reached() };
         let words = engine.take_last_words();
+        let subject = Subject::new(engine.tree.clone(), engine.spec.clone());
+        let stacks = if engine.ended.is_none() { Stacks::Take } else { Stacks::Leave };
         let (ended, heard) = (engine.ended, Arc::clone(&engine.heard));
         // The engine goes back to the driver for its end; only its last words are waited for here.
         self.engine = Some(engine);
         let verdict = self.pulse.judged.take().or_else(|| self.start_verdict());
         let before = self.cause.as_ref().map(|cause| cause.failure.class);
+        let node = self.node.witness(&self.ranks, self.engine.as_ref().map(|engine| engine.pid));
         tokio::spawn(async move {
-            let tail = words.await;
-            let found = Found { ended, reached, tail, signatures: heard.signatures(), verdict };
-            let _ = reports.send(Report::Examined(autopsy::examine(&found, before))).await;
+            // Both before anything is killed; together they take no longer than the stacks of a hung one.
+            let (tail, alive) = tokio::join!(words, subject.alive(&spawner, stacks));
+            // The kernel's log may be long: not on a worker of the runtime.
+            let node = tokio::task::spawn_blocking(move || node.found()).await.unwrap_or_default();
+            let log = subject.tail(&tail);
+            let found = Found { ended, reached, tail, signatures: heard.signatures(), verdict, node };
+            let cause = autopsy::examine(&found, before);
+            let pages = [vec![bundle::cause(&cause), log], about, subject.start(), alive].concat();
+            let class = cause.failure.class;
+            // The restart goes on; what is written down is for later.
+            let _ = reports.send(Report::Examined(cause)).await;
+            let written = bundle::written(state, class, pages, &spawner).await;
+            let _ = reports.send(Report::Bundled(written)).await;
         });
     }
 
@@ -180,6 +217,8 @@ impl Driver {
     }
 
     fn kill(&mut self) {
+        // Whoever waits for the GPUs' memory before a launch waits in vain.
+        std::mem::take(&mut self.hurry).cancel();
         let end = self.engine.as_ref().map_or_else(End::default, crate::supervisor::running::Running::end);
         if let Some(engine) = &mut self.engine {
             engine.stop_watching();
@@ -188,13 +227,13 @@ impl Driver {
             prepared.leftovers.sweep();
         }
         let (current, stuck, reports) = (self.current.clone(), Arc::clone(&self.stuck), self.reports.clone());
-        let preparing = self.preparing.take();
+        let (preparing, spawner) = (self.preparing.take(), self.spawner.clone());
         tokio::spawn(async move {
             // What it is just making would be left behind; its report, before ours, has it removed.
             if let Some(preparing) = preparing {
                 let _ = preparing.await;
             }
-            end.run(current, stuck).await;
+            end.run(current, stuck, spawner).await;
             let _ = reports.send(Report::TreeEmpty).await;
         });
     }

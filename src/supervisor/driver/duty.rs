@@ -119,6 +119,8 @@ impl Driver {
                 self.on(Event::TreeEmpty).await;
             }
             Report::Released { roll } => self.on(Event::Released { roll }).await,
+            Report::Gpus(look) => self.saw_gpus(look),
+            Report::Bundled(written) => self.bundled(written),
         }
     }
 
@@ -215,6 +217,7 @@ impl Driver {
     /// Once a second.
     pub(super) async fn beat(&mut self) {
         self.systemd.tick();
+        self.look_at_gpus();
         if matches!(self.machine.state, State::Loading { .. })
             && self.born.elapsed().as_secs().is_multiple_of(RANKS_EVERY)
             && let Some(engine) = &self.engine
@@ -240,6 +243,7 @@ impl Driver {
             }
             Verdict::Suspected(silence) => {
                 if self.pulse.suspected.is_none() {
+                    self.bundle_of_a_suspicion();
                     tracing::warn!(
                         "no sign of life from the engine for {} s while something waits: a hang is suspected",
                         silence.as_secs()
