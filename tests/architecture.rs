@@ -88,3 +88,32 @@ fn every_folder_of_the_source_has_its_rule() {
     // `cli` stands above all and may know all.
     assert_eq!(folders.difference(&ruled).collect::<Vec<_>>(), ["cli"]);
 }
+
+#[test]
+fn j06_no_decision_is_made_by_the_wall_clock() {
+    // Who may know the time of day, and only to show it, or to hold it against a certificate's dates.
+    const MAY: [&str; 8] = [
+        "observe/clock.rs",
+        "simulate/",
+        "cli/certificate.rs",
+        "proxy/date.rs",
+        "proxy/mod.rs",
+        "proxy/transport/",
+        "proxy/metrics",
+        "observe/bundle.rs",
+    ];
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut files, mut wrong) = (Vec::new(), Vec::new());
+    sources(&src, &mut files);
+    for file in files {
+        let name = file.strip_prefix(&src).unwrap().display().to_string();
+        let text = fs::read_to_string(&file).unwrap();
+        let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        let tells = ["SystemTime", "Timestamp::now", "clock::unix", "CLOCK_REALTIME"];
+        let found = code.filter(|line| tells.iter().any(|tell| line.contains(tell))).count();
+        if found > 0 && !MAY.iter().any(|may| name.starts_with(may)) {
+            wrong.push(name);
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:?}");
+}

@@ -154,17 +154,16 @@ async fn g12_what_fled_session_parent_and_environment_is_ended_with_its_engine()
     let flight = format!("env -i setsid sh -c 'sleep 86398 & exit'\nexec {SGLANGD} simulate \"$@\"");
     let mut daemon = script(quick(""), &flight).start();
     let mine = daemon.pid();
-    let fled = move || {
-        let all = processes::all();
-        let ours = |parent: i32| parent == mine;
-        all.into_iter().filter(|p| p.is_alive() && p.command == "sleep 86398" && ours(p.parent)).map(|p| p.pid)
+    let fled = || -> Vec<i32> {
+        let all = processes::all().into_iter();
+        all.filter(|p| p.is_alive() && p.command == "sleep 86398" && p.parent == mine).map(|p| p.pid).collect()
     };
     let first = engine_pid(&daemon.is_ready(SOON).await);
-    let old: Vec<i32> = fled().collect();
+    let old = fled();
     assert_eq!(old.len(), 1, "it came to us");
     send(first, Signal::SIGKILL);
     replaces(&mut daemon, first).await;
-    let new: Vec<i32> = fled().collect();
+    let new = fled();
     assert!(new.len() == 1 && new != old, "the second engine came beside what fled from the first: {old:?} {new:?}");
     daemon.terminate();
     assert_eq!(daemon.exit(SOON).await, 0, "{}", daemon.log());
@@ -276,7 +275,7 @@ async fn a_bundle_is_made_on_demand_with_and_without_a_running_sglangd() {
     };
     let bundle = ask(&daemon);
     assert!(page(&bundle, "processes").contains("engine pid") && page(&bundle, "engine.log").contains("fired up"));
-    let refused = Client::ask(daemon.admin(), "POST /bundle HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n".into());
+    let refused = Client::ask(daemon.admin(), "POST /bundle HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n");
     assert_eq!(refused.status, 404, "whoever reaches the address may look, and nothing else");
     daemon.terminate();
     assert_eq!(daemon.exit(SOON).await, 0);

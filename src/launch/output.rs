@@ -138,13 +138,32 @@ fn read(mut pipe: File, heard: &Heard, secrets: &[String], facts: &mpsc::Sender<
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
             Err(_) => break,
         };
-        splitter.push(&buffer[..n], |line| {
+        let mut bytes = &buffer[..n];
+        if rate.is_flooded() {
+            let (skipped, last) = last_lines(bytes);
+            rate.skip(skipped);
+            if skipped > 0 {
+                // What was begun before ends here; its end is among what is skipped.
+                splitter.push(b"\n", |line| heard.keep(line.bytes));
+            }
+            bytes = last;
+        }
+        splitter.push(bytes, |line| {
             one(line.bytes, line.dropped, heard, secrets, facts, &mut rate, &mut urgent);
         });
         tell(facts, &mut urgent);
     }
     splitter.finish(|line| one(line.bytes, line.dropped, heard, secrets, facts, &mut rate, &mut urgent));
     tell(facts, &mut urgent);
+}
+
+/// Of a piece of a flood, what is worth splitting, and how many lines come before that.
+fn last_lines(bytes: &[u8]) -> (u64, &[u8]) {
+    let from = memchr::memrchr_iter(b'\n', bytes).nth(TAIL_LINES);
+    match from {
+        Some(at) => (memchr::memchr_iter(b'\n', &bytes[..=at]).count() as u64, &bytes[at + 1..]),
+        None => (0, bytes),
+    }
 }
 
 /// Facts that must arrive, within reason: a supervisor that is stuck must not stop the draining.
@@ -238,6 +257,14 @@ impl Rate {
         Self { since: Instant::now(), passed: 0, dropped: 0 }
     }
 
+    fn is_flooded(&self) -> bool {
+        self.passed >= UNDERSTOOD_A_SECOND && self.since.elapsed() < Duration::from_secs(1)
+    }
+
+    fn skip(&mut self, lines: u64) {
+        self.dropped += lines;
+    }
+
     fn passes(&mut self) -> Passes {
         if self.since.elapsed() >= Duration::from_secs(1) {
             if self.dropped > 0 {
@@ -318,10 +345,10 @@ mod tests {
         let (heard, readers) = drain(vec![out_reader.into(), err_reader.into()], Vec::new(), &tx);
         let mut last = err.try_clone().expect("a copy");
         let writers = [
-            flood(out, block.clone(), 200),
+            flood(out, block.clone(), 20),
             std::thread::spawn(move || {
                 let mut bytes = 0;
-                for _ in 0..200 {
+                for _ in 0..20 {
                     err.write_all(&block).expect("a reader");
                     bytes += block.len();
                 }
@@ -338,6 +365,15 @@ mod tests {
         println!("figure: {} MiB drained at {:.0} MiB/s", bytes >> 20, (bytes >> 20) as f64 / took.as_secs_f64());
         assert!(heard.signatures().contains(&Signature::GpuOom), "{:?}", heard.signatures());
         assert!(heard.tail().len() <= TAIL_LINES);
+    }
+
+    #[test]
+    fn of_a_flood_the_last_lines_are_split_and_the_others_counted() {
+        let flood: Vec<u8> = (0..1000).flat_map(|n| format!("line {n}\n").into_bytes()).collect();
+        let (skipped, last) = last_lines(&flood);
+        assert_eq!(skipped, 600);
+        assert!(last.starts_with(b"line 600\n") && last.ends_with(b"line 999\n"));
+        assert_eq!(last_lines(b"one\ntwo"), (0, &b"one\ntwo"[..]));
     }
 
     #[tokio::test]

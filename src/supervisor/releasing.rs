@@ -259,8 +259,9 @@ mod tests {
         let room = node(folder.path(), 0);
         holds(folder.path(), 0, 0, 20 * GIB);
         holds(folder.path(), 1, 0, 180 * GIB);
-        let free = room.free(&uses(), &CancellationToken::new());
-        assert_eq!(tokio::time::timeout(Duration::from_secs(5), free).await, Ok(Waited::Free));
+        let (uses, stop) = (uses(), CancellationToken::new());
+        let free = tokio::time::timeout(Duration::from_secs(5), room.free(&uses, &stop)).await;
+        assert_eq!(free, Ok(Waited::Free));
     }
 
     #[tokio::test]
