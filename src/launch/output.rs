@@ -30,9 +30,9 @@ const MAX_SIGNATURES: usize = 128;
 const READ: usize = 1 << 20;
 /// Lines logged in one second; more are counted and dropped. A start logs some hundred a second.
 const LINES_A_SECOND: u32 = 2_000;
-/// Lines understood in one second; of those beyond, only the last are kept. Ten times as many as an
-/// engine ever said anything in.
-const UNDERSTOOD_A_SECOND: u32 = 50_000;
+/// Lines understood in one second; of those beyond, only the last are kept. Twenty times as many as a start
+/// of eight ranks says.
+const UNDERSTOOD_A_SECOND: u32 = 10_000;
 /// How long a fact that must not be lost may wait for a busy supervisor.
 const FACT_PATIENCE: Duration = Duration::from_secs(5);
 
