@@ -20,6 +20,7 @@ mod main_job;
 mod probe_and_status;
 mod proxy_process;
 mod repositories;
+mod restarts;
 mod signal_faults;
 mod simulated_engine;
 mod sizing;

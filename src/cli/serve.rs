@@ -169,8 +169,10 @@ impl Supervisor {
         let routes =
             admin::routes(admin::Sources { status: outlook.status, engine: outlook.engine, half: outlook.half });
         admin_listener.set_nonblocking(true)?;
-        tokio::spawn(admin::serve_tcp(tokio::net::TcpListener::from_std(admin_listener)?, routes.clone()));
-        tokio::spawn(admin::serve_unix(tokio::net::UnixListener::from_std(admin_socket)?, routes));
+        let looking = admin::without_orders(routes.clone());
+        tokio::spawn(admin::serve_tcp(tokio::net::TcpListener::from_std(admin_listener)?, looking));
+        let acting = admin::with_orders(routes, outlook.orders);
+        tokio::spawn(admin::serve_unix(tokio::net::UnixListener::from_std(admin_socket)?, acting));
         let code = driver.run().await;
         // The names go before the lock: whoever comes next makes its own.
         let _ = std::fs::remove_file(&socket_path);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use prometheus::{Gauge, IntCounter, Opts, Registry, TextEncoder};
 use tokio::net::{TcpListener, UnixListener};
@@ -18,10 +18,12 @@ use tokio::sync::watch;
 use crate::health::client::{self, Target};
 use crate::link::status::Status;
 use crate::link::{EngineState, EngineView};
+use crate::supervisor::driver::Orderly;
 use crate::supervisor::half::Half;
 
 /// The engine gathers its page from files of all ranks; a hung one does not answer at all.
 const ENGINE_LIMIT: Duration = Duration::from_secs(3);
+const RESTART: &str = "/restart-engine";
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What the routes read.
@@ -40,6 +42,24 @@ pub fn routes(sources: Sources) -> Router {
             (StatusCode::NOT_FOUND, "sglangd's admin listener answers GET /status and GET /metrics\n")
         })
         .with_state(Arc::new(sources))
+}
+
+/// The same and what acts on the engine, for a socket that only this user may open.
+pub fn with_orders(routes: Router, orders: Orderly) -> Router {
+    let restart = |State(orders): State<Orderly>| async move {
+        match orders.restart().await {
+            Some(answer) => (StatusCode::ACCEPTED, format!("{answer}\n")),
+            None => (StatusCode::SERVICE_UNAVAILABLE, "sglangd is at its end\n".into()),
+        }
+    };
+    routes.merge(Router::new().route(RESTART, post(restart)).with_state(orders))
+}
+
+/// The same, for an address that others may reach.
+pub fn without_orders(routes: Router) -> Router {
+    let refused =
+        || async { (StatusCode::FORBIDDEN, "only on the Unix socket in the runtime folder: sglangd restart-engine\n") };
+    routes.merge(Router::new().route(RESTART, post(refused)))
 }
 
 /// Serves until the process ends.
@@ -90,7 +110,7 @@ async fn metrics(State(sources): State<Arc<Sources>>) -> Response {
     ([(header::CONTENT_TYPE, PROMETHEUS)], page).into_response()
 }
 
-const STATES: [EngineState; 16] = [
+const STATES: [EngineState; 17] = [
     EngineState::Fetching,
     EngineState::Preparing,
     EngineState::Launching,
@@ -104,6 +124,7 @@ const STATES: [EngineState; 16] = [
     EngineState::Reaping,
     EngineState::Releasing,
     EngineState::Unkillable,
+    EngineState::Occupied,
     EngineState::Backoff,
     EngineState::GaveUp,
     EngineState::Stopped,

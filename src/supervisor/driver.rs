@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::acquire::{Acquired, Means};
@@ -23,7 +23,7 @@ use super::loading::Loading;
 use super::prepare::Prepared;
 use super::report::{Facts, Systemd, headline};
 use super::running::{Notice, Running, Stuck};
-use super::step::{Action, Event, Machine, Millis, Policy, State};
+use super::step::{Action, Event, Machine, Millis, Policy, State, Terms};
 use crate::config::Config;
 use crate::config::folders::Folders;
 use crate::config::{Loaded, OnGiveUp};
@@ -66,6 +66,7 @@ enum Report {
     Notice(Notice),
     TreeEmpty,
     Released { roll: u16 },
+    Order(Order),
 }
 
 /// What the driver's loop woke up for.
@@ -104,12 +105,33 @@ pub struct Outside {
     pub reload: Reload,
 }
 
+/// What an operator may ask for; answered with what follows, in words.
+#[derive(Debug)]
+pub enum Order {
+    /// A fresh engine.
+    Restart(oneshot::Sender<String>),
+}
+
+/// Takes operators' orders.
+#[derive(Debug, Clone)]
+pub struct Orderly(mpsc::Sender<Report>);
+
+impl Orderly {
+    /// None: the driver is at its end.
+    pub async fn restart(&self) -> Option<String> {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(Report::Order(Order::Restart(reply))).await.ok()?;
+        answer.await.ok()
+    }
+}
+
 /// What others may read and ask while the driver runs.
 #[derive(Debug, Clone)]
 pub struct Outlook {
     pub status: watch::Receiver<Status>,
     pub engine: watch::Receiver<EngineView>,
     pub half: Half,
+    pub orders: Orderly,
 }
 
 #[derive(Debug)]
@@ -206,7 +228,12 @@ impl Driver {
             Orders { settings: settings_reader, engine: engine_reader.clone() },
             tell::proxy_env(&own_env, &config),
         );
-        let outlook = Outlook { status: status_reader, engine: engine_reader, half: half.clone() };
+        let outlook = Outlook {
+            status: status_reader,
+            engine: engine_reader,
+            half: half.clone(),
+            orders: Orderly(reports.clone()),
+        };
         let driver = Self {
             machine,
             born: Instant::now(),
@@ -403,10 +430,12 @@ async fn sleep_until(due: Option<Instant>) {
 fn policy(config: &Config) -> Policy {
     let ms = |d: Duration| d.as_millis() as Millis;
     Policy {
-        max_failures: config.restart.max,
-        window: ms(config.restart.window),
-        backoff: ms(config.restart.backoff),
-        backoff_max: ms(config.restart.backoff_max),
+        restart: Terms {
+            max_failures: config.restart.max,
+            window: ms(config.restart.window),
+            backoff: ms(config.restart.backoff),
+            backoff_max: ms(config.restart.backoff_max),
+        },
         give_up: match config.restart.on_give_up {
             OnGiveUp::Serve => super::step::GiveUp::Serve,
             OnGiveUp::Exit => super::step::GiveUp::Exit,

@@ -55,11 +55,12 @@ pub struct Facts<'a> {
 ///
 /// The machine waits in one state from the fork to readiness; people are told apart the part in which the
 /// engine's processes import from the one in which they load.
-fn public_state(machine: &Machine, importing: bool) -> EngineState {
+pub(super) fn public_state(machine: &Machine, importing: bool) -> EngineState {
     match &machine.state {
         State::Loading { .. } if importing => EngineState::Launching,
         State::Fetching => EngineState::Fetching,
-        State::Preparing => EngineState::Preparing,
+        State::Preparing | State::Claiming { .. } => EngineState::Preparing,
+        State::Occupied => EngineState::Occupied,
         State::Launching => EngineState::Launching,
         State::Loading { .. } => EngineState::Loading,
         State::Ready => EngineState::Ready,
@@ -86,10 +87,9 @@ impl Facts<'_> {
                     self.stuck
                 )
             }
-            State::Draining { .. } | State::Stopping { .. } | State::Stopped { .. } if self.machine.stopping() => {
-                "sglangd is stopping.".into()
-            }
             _ if self.machine.stopping() => "sglangd is stopping.".into(),
+            State::Occupied => "The GPUs are not free. No engine is started until they are.".into(),
+            State::Draining { .. } | State::Stopping { .. } => "The engine is being restarted, as told.".into(),
             _ => self.cause.map(|cause| cause.sentence.clone()).unwrap_or_default(),
         }
     }
@@ -167,11 +167,19 @@ impl Facts<'_> {
     pub fn view(&self) -> EngineView {
         let state = public_state(self.machine, self.importing);
         let will_return = !self.machine.stopping()
-            && !matches!(state, EngineState::GaveUp | EngineState::Stopped | EngineState::Unkillable);
+            && !matches!(
+                state,
+                EngineState::GaveUp | EngineState::Stopped | EngineState::Unkillable | EngineState::Occupied
+            );
         let hold = match (will_return, self.config.limits.hold.is_zero()) {
             (true, false) => self.config.limits.hold,
             // From the first moment of a death, before its cause is known.
-            (true, true) if state == EngineState::Failing => HOLD_OVER_RESTART,
+            (true, true) if matches!(state, EngineState::Failing | EngineState::Draining | EngineState::Stopping) => {
+                HOLD_OVER_RESTART
+            }
+            (true, true) if matches!(self.machine.state, State::Reaping { .. } | State::Releasing { .. }) => {
+                HOLD_OVER_RESTART
+            }
             (true, true) if self.machine.restarts > 0 || self.cause.is_some() => HOLD_OVER_RESTART,
             (true | false, _) => Duration::ZERO,
         };

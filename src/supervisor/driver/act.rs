@@ -32,6 +32,8 @@ impl Driver {
                 self.drain_asked = Some(self.half_view.borrow().reports);
                 self.half.drain();
             }
+            // The proxy learns it with the state.
+            Action::Hold => self.drain_asked = Some(self.half_view.borrow().reports),
             Action::CutStreams => self.half.cut(CUT_REASON),
             Action::Terminate => {
                 if let Some(engine) = &self.engine {
