@@ -69,10 +69,17 @@ fn imports_point_downwards_only() {
 
 #[test]
 fn the_step_function_knows_nothing_but_its_own_types() {
-    let step = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/supervisor/step.rs")).unwrap();
-    let uses: Vec<&str> = step.lines().filter(|line| line.starts_with("use ")).collect();
-    assert_eq!(uses, ["use std::collections::VecDeque;"]);
-    assert!(!step.contains("async") && !step.contains("Instant"), "no async, no clock");
+    let source = |name: &str| {
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/supervisor").join(name)).unwrap()
+    };
+    for (name, may_use) in
+        [("step.rs", "use super::restart::{Ledger, Next};"), ("restart.rs", "use std::collections::VecDeque;")]
+    {
+        let text = source(name);
+        let uses: Vec<&str> = text.lines().filter(|line| line.starts_with("use ")).collect();
+        assert_eq!(uses, [may_use]);
+        assert!(!text.contains("async") && !text.contains("Instant"), "{name}: no async, no clock");
+    }
 }
 
 #[test]

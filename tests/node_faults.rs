@@ -61,7 +61,7 @@ async fn g13_a_stranger_on_the_gpu_is_named_and_the_start_comes_when_it_has_gone
     let mut stranger = somebody();
     holds(&node, 0, stranger.id(), 40 * GIB);
     let mut daemon = setup.start();
-    let status = waits_for_memory(&mut daemon, "preparing").await;
+    let status = waits_for_memory(&mut daemon, "occupied").await;
     let reason = text_at(&status, "/reason");
     assert!(reason.contains("GPU 0 has 39.5 GiB free and the engine needs 64.0 GiB"), "{reason}");
     assert!(reason.contains(&format!("pid {} (sleep 86399", stranger.id())), "{reason}");
@@ -106,7 +106,7 @@ async fn a_stop_ends_a_start_that_waits_for_a_gpu() {
     let (setup, node) = with_gpus(quick(""));
     holds(&node, 0, 0, 60 * GIB);
     let mut daemon = setup.start();
-    let status = waits_for_memory(&mut daemon, "preparing").await;
+    let status = waits_for_memory(&mut daemon, "occupied").await;
     assert!(text_at(&status, "/reason").contains("not visible from here"), "{status}");
     daemon.stops_clean(Duration::from_secs(10)).await;
 }
@@ -276,7 +276,7 @@ async fn a_bundle_is_made_on_demand_with_and_without_a_running_sglangd() {
     let bundle = ask(&daemon);
     assert!(page(&bundle, "processes").contains("engine pid") && page(&bundle, "engine.log").contains("fired up"));
     let refused = Client::ask(daemon.admin(), "POST /bundle HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n");
-    assert_eq!(refused.status, 404, "whoever reaches the address may look, and nothing else");
+    assert_eq!(refused.status, 403, "whoever reaches the address may look, and nothing else");
     daemon.terminate();
     assert_eq!(daemon.exit(SOON).await, 0);
     let after = ask(&daemon);

@@ -21,6 +21,7 @@ mod node_faults;
 mod probe_and_status;
 mod proxy_process;
 mod repositories;
+mod restarts;
 mod signal_faults;
 mod simulated_engine;
 mod sizing;

@@ -13,6 +13,7 @@ pub mod plan;
 pub mod probe;
 pub mod proxy;
 mod public_socket;
+pub mod restart_engine;
 pub mod serve;
 pub mod simulate;
 pub mod status;
@@ -48,6 +49,8 @@ pub enum Command {
     Status(status::StatusArgs),
     /// Write down all that can be known of the engine now, and say where it lies.
     Bundle(bundle::BundleArgs),
+    /// Replace the engine with a fresh one: open answers end, new requests wait. Leaves `gave_up` too.
+    RestartEngine(restart_engine::RestartArgs),
     /// Add, list and remove API keys.
     Keys(keys::KeysArgs),
     /// Only the reverse proxy, in front of an engine that somebody else runs.
@@ -165,6 +168,7 @@ pub fn run(cli: Cli) -> Exit {
         Command::Probe(args) => probe::run(args),
         Command::Status(args) => status::run(args),
         Command::Bundle(args) => bundle::run(args),
+        Command::RestartEngine(args) => restart_engine::run(args),
         Command::Keys(args) => keys::run(args),
         Command::Proxy(args) => proxy::run(args),
         Command::Simulate(args) => simulate::run(args),

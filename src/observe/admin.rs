@@ -13,17 +13,19 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use prometheus::{Gauge, IntCounter, Opts, Registry, TextEncoder};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::watch;
 
 use super::logging;
 use crate::health::client::{self, Target};
 use crate::link::status::Status;
 use crate::link::{EngineState, EngineView};
-use crate::supervisor::driver::Ask;
+use crate::supervisor::driver::Orderly;
 use crate::supervisor::half::Half;
 
 /// The engine gathers its page from files of all ranks; a hung one does not answer at all.
 const ENGINE_LIMIT: Duration = Duration::from_secs(3);
+const RESTART: &str = "/restart-engine";
+const BUNDLE: &str = "/bundle";
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What the routes read.
@@ -32,30 +34,43 @@ pub struct Sources {
     pub status: watch::Receiver<Status>,
     pub engine: watch::Receiver<EngineView>,
     pub half: Half,
-    pub asks: mpsc::Sender<Ask>,
 }
 
-/// Who may come in through a listener.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Door {
-    /// Whoever reaches the address: may look.
-    Network,
-    /// The socket that only this user (and its group) may open: may act, too.
-    Socket,
-}
-
-pub fn routes(sources: Sources, door: Door) -> Router {
-    let routes = match door {
-        Door::Network => Router::new(),
-        Door::Socket => Router::new().route("/bundle", post(bundle)),
-    };
-    routes
+pub fn routes(sources: Sources) -> Router {
+    Router::new()
         .route("/status", get(status))
         .route("/metrics", get(metrics))
         .fallback(|| async {
             (StatusCode::NOT_FOUND, "sglangd's admin listener answers GET /status and GET /metrics\n")
         })
         .with_state(Arc::new(sources))
+}
+
+/// The same and what acts on the engine, for a socket that only this user may open.
+pub fn with_orders(routes: Router, orders: Orderly) -> Router {
+    let restart = |State(orders): State<Orderly>| async move {
+        match orders.restart().await {
+            Some(answer) => (StatusCode::ACCEPTED, format!("{answer}\n")),
+            None => (StatusCode::SERVICE_UNAVAILABLE, "sglangd is at its end\n".into()),
+        }
+    };
+    let bundle = |State(orders): State<Orderly>| async move {
+        match orders.bundle().await {
+            Some(Ok(path)) => (StatusCode::OK, format!("{}\n", path.display())),
+            Some(Err(what)) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{what}\n")),
+            None => (StatusCode::SERVICE_UNAVAILABLE, "sglangd is at its end\n".into()),
+        }
+    };
+    let acting = Router::new().route(RESTART, post(restart)).route(BUNDLE, post(bundle));
+    routes.merge(acting.with_state(orders))
+}
+
+/// The same, for an address that others may reach.
+pub fn without_orders(routes: Router) -> Router {
+    let refused = || async {
+        (StatusCode::FORBIDDEN, "only on the Unix socket in the runtime folder: sglangd restart-engine, sglangd bundle\n")
+    };
+    routes.merge(Router::new().route(RESTART, post(refused)).route(BUNDLE, post(refused)))
 }
 
 /// Serves until the process ends.
@@ -86,20 +101,6 @@ async fn status(State(sources): State<Arc<Sources>>) -> Json<Status> {
     Json(sources.status.borrow().clone())
 }
 
-/// Makes one and says where it lies, in one line.
-async fn bundle(State(sources): State<Arc<Sources>>) -> (StatusCode, String) {
-    let (tell, told) = oneshot::channel();
-    let gone = || (StatusCode::SERVICE_UNAVAILABLE, "sglangd is ending\n".to_owned());
-    if sources.asks.send(Ask::Bundle(tell)).await.is_err() {
-        return gone();
-    }
-    match told.await {
-        Ok(Ok(path)) => (StatusCode::OK, format!("{}\n", path.display())),
-        Ok(Err(what)) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{what}\n")),
-        Err(_) => gone(),
-    }
-}
-
 /// Our own, the proxy's, and the engine's `sglang:*` as they are.
 async fn metrics(State(sources): State<Arc<Sources>>) -> Response {
     let mut page = own(&sources.status.borrow());
@@ -120,7 +121,7 @@ async fn metrics(State(sources): State<Arc<Sources>>) -> Response {
     ([(header::CONTENT_TYPE, PROMETHEUS)], page).into_response()
 }
 
-const STATES: [EngineState; 16] = [
+const STATES: [EngineState; 17] = [
     EngineState::Fetching,
     EngineState::Preparing,
     EngineState::Launching,
@@ -134,6 +135,7 @@ const STATES: [EngineState; 16] = [
     EngineState::Reaping,
     EngineState::Releasing,
     EngineState::Unkillable,
+    EngineState::Occupied,
     EngineState::Backoff,
     EngineState::GaveUp,
     EngineState::Stopped,

@@ -54,7 +54,7 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
     let (mut down, mut up) = split(link)?;
     let hello = Up::Hello { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned() };
     up.send(&hello).await?;
-    let mut look_at = Instant::now();
+    let (mut look_at, mut looked_at) = (Instant::now(), Instant::now());
     let (mut warned, mut certificate_seen) = (Vec::new(), Instant::now());
     let (mut sent, mut sent_at): (Option<Traffic>, Instant) = (None, Instant::now());
     let mut keys = KeysNews::default();
@@ -74,6 +74,12 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
                         if let Some(listeners) = unheard.take() {
                             proxy.listen(listeners)?;
                         }
+                        // At once, for a supervisor that waits for the last answer of an engine it replaces.
+                        let traffic = proxy.traffic();
+                        if sent.is_some_and(|sent| sent.closed != traffic.closed) {
+                            up.send(&Up::Traffic(traffic)).await?;
+                            (sent, sent_at) = (Some(traffic), Instant::now());
+                        }
                     }
                     Down::Drain => {
                         proxy.drain();
@@ -87,8 +93,11 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
                     Down::Heartbeat => {}
                 }
             }
-            () = proxy.stirred() => look_at = Instant::now(),
+            // Never sooner than a busy proxy looks: clients that ask one after the other would else cost a
+            // look and a report each, and fill the link of a supervisor that is slow to read.
+            () = proxy.stirred() => look_at = looked_at + LOOK,
             () = sleep_until(look_at) => {
+                looked_at = Instant::now();
                 if certificate_seen.elapsed() >= CERTIFICATE_LOOK {
                     certificate_seen = Instant::now();
                     proxy.look_at_certificate();

@@ -28,7 +28,7 @@ use super::prepare::Prepared;
 use super::releasing::{Room, Uses};
 use super::report::{Facts, Systemd, headline};
 use super::running::{Notice, Running, Stuck};
-use super::step::{Action, Event, Machine, Millis, Policy, State};
+use super::step::{Action, Event, Machine, Millis, Policy, State, Terms};
 use crate::config::Config;
 use crate::config::folders::Folders;
 use crate::config::{Loaded, OnGiveUp};
@@ -72,8 +72,10 @@ enum Report {
     Notice(Notice),
     TreeEmpty,
     Released { roll: u16 },
+    Held { roll: u16 },
     Gpus(Look),
     Bundled(Result<PathBuf, String>),
+    Order(Order),
 }
 
 use node::NodeFacts;
@@ -81,7 +83,6 @@ use node::NodeFacts;
 /// What the driver's loop woke up for.
 enum Turn {
     Wish(Wish),
-    Asked(Ask),
     Report(Report),
     Said(Said),
     Step(Progress),
@@ -90,16 +91,6 @@ enum Turn {
     Due,
     Beat,
 }
-
-/// What an operator may ask for, through the admin socket alone.
-#[derive(Debug)]
-pub enum Ask {
-    /// Write down what can be known now; the answer is where it lies.
-    Bundle(oneshot::Sender<Result<PathBuf, String>>),
-}
-
-/// Operators are few, and each waits for an answer.
-const ASKS: usize = 4;
 
 /// Reads the configuration anew, for SIGHUP; the error is ready to be shown.
 pub struct Reload(pub Box<dyn Fn() -> Result<Loaded, String> + Send>);
@@ -125,13 +116,42 @@ pub struct Outside {
     pub reload: Reload,
 }
 
+/// What an operator may ask for; answered with what follows, in words.
+#[derive(Debug)]
+pub enum Order {
+    /// A fresh engine.
+    Restart(oneshot::Sender<String>),
+    /// Write down what can be known now; the answer is where it lies, or why it does not.
+    Bundle(oneshot::Sender<Result<PathBuf, String>>),
+}
+
+/// Takes operators' orders.
+#[derive(Debug, Clone)]
+pub struct Orderly(mpsc::Sender<Report>);
+
+impl Orderly {
+    /// None: the driver is at its end.
+    pub async fn restart(&self) -> Option<String> {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(Report::Order(Order::Restart(reply))).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// None: the driver is at its end.
+    pub async fn bundle(&self) -> Option<Result<PathBuf, String>> {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(Report::Order(Order::Bundle(reply))).await.ok()?;
+        answer.await.ok()
+    }
+}
+
 /// What others may read and ask while the driver runs.
 #[derive(Debug, Clone)]
 pub struct Outlook {
     pub status: watch::Receiver<Status>,
     pub engine: watch::Receiver<EngineView>,
     pub half: Half,
-    pub asks: mpsc::Sender<Ask>,
+    pub orders: Orderly,
 }
 
 #[derive(Debug)]
@@ -182,7 +202,6 @@ pub struct Driver {
     /// Of the engine that was launched last, until its GPUs are free.
     uses: Option<Uses>,
     node: NodeFacts,
-    asked: mpsc::Receiver<Ask>,
     /// Where the last bundle lies.
     bundle: Option<PathBuf>,
     /// Cancelled when nobody is to wait for the GPUs any longer.
@@ -204,7 +223,6 @@ impl Driver {
         let (said, hearing) = mpsc::channel(FACTS);
         let (steps, downloading) = mpsc::channel(STEPS);
         let (phases, phasing) = mpsc::channel(STEPS);
-        let (asks, asked) = mpsc::channel(ASKS);
         let means = Means { loaded, folders, own_env: own_env.clone(), inspect_arguments };
 
         let facts = Facts {
@@ -242,7 +260,12 @@ impl Driver {
             Orders { settings: settings_reader, engine: engine_reader.clone() },
             tell::proxy_env(&own_env, &config),
         );
-        let outlook = Outlook { status: status_reader, engine: engine_reader, half: half.clone(), asks };
+        let outlook = Outlook {
+            status: status_reader,
+            engine: engine_reader,
+            half: half.clone(),
+            orders: Orderly(reports.clone()),
+        };
         let driver = Self {
             machine,
             born: Instant::now(),
@@ -284,7 +307,6 @@ impl Driver {
             room,
             uses: None,
             node: NodeFacts::default(),
-            asked,
             bundle: None,
             hurry: CancellationToken::new(),
             pulse: duty::PulseState::default(),
@@ -318,7 +340,6 @@ impl Driver {
             let turn = tokio::select! {
                 biased;
                 wish = self.signals.next() => Turn::Wish(wish),
-                Some(ask) = self.asked.recv() => Turn::Asked(ask),
                 Some(report) = self.inbox.recv() => Turn::Report(report),
                 Some(said) = self.hearing.recv() => Turn::Said(said),
                 Some(step) = self.downloading.recv() => Turn::Step(step),
@@ -330,7 +351,6 @@ impl Driver {
             self.woke().await;
             match turn {
                 Turn::Wish(wish) => self.wished(wish).await,
-                Turn::Asked(Ask::Bundle(tell)) => self.bundle_on_demand(tell),
                 Turn::Report(report) => self.reported(report).await,
                 Turn::Said(said) => self.heard(said).await,
                 Turn::Step(step) => self.downloaded(&step),
@@ -449,10 +469,12 @@ async fn sleep_until(due: Option<Instant>) {
 fn policy(config: &Config) -> Policy {
     let ms = |d: Duration| d.as_millis() as Millis;
     Policy {
-        max_failures: config.restart.max,
-        window: ms(config.restart.window),
-        backoff: ms(config.restart.backoff),
-        backoff_max: ms(config.restart.backoff_max),
+        restart: Terms {
+            max_failures: config.restart.max,
+            window: ms(config.restart.window),
+            backoff: ms(config.restart.backoff),
+            backoff_max: ms(config.restart.backoff_max),
+        },
         give_up: match config.restart.on_give_up {
             OnGiveUp::Serve => super::step::GiveUp::Serve,
             OnGiveUp::Exit => super::step::GiveUp::Exit,

@@ -1,6 +1,6 @@
 //! The core: what state the engine is in, and what is done about it.
 //!
-//! `step` decides (pure); `driver` carries out and reports back (the only async file).
+//! `step` decides (pure), with `restart`'s word on whether a start is tried again; `driver` carries out and reports back (the only async file).
 
 pub mod acquire;
 pub mod autopsy;
@@ -13,6 +13,7 @@ pub mod loading;
 pub mod prepare;
 pub mod releasing;
 pub mod report;
+pub mod restart;
 pub mod running;
 pub mod step;
 #[cfg(test)]

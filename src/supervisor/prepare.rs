@@ -48,8 +48,9 @@ pub struct Ingredients {
     pub snapshots: Vec<Snapshot>,
 }
 
-/// Does it all, once nothing of an earlier run is left. Blocking: files and `/proc`.
+/// Does it all. Blocking: files, `/proc`, and up to ten seconds for processes of an earlier run.
 pub fn prepare(from: &Ingredients) -> Result<Prepared, Cause> {
+    end_earlier_run(&from.folders.runtime)?;
     let launch_id = random_hex(4);
     let tmpdir = temporary_folder(&launch_id).map_err(|e| no_folder("a temporary folder", &e))?;
     let leftovers = Leftovers::note(tmpdir.clone());
@@ -100,8 +101,8 @@ fn write(from: &Ingredients, launch_id: &str, leftovers: Leftovers) -> Result<Pr
 }
 
 /// What a killed sglangd left, where no guard, cgroup or container ended it: ended before anything
-/// new is started on its GPUs. Blocking, for up to ten seconds.
-pub fn end_earlier_run(runtime: &Path) -> Result<(), Cause> {
+/// new is started on its GPUs.
+fn end_earlier_run(runtime: &Path) -> Result<(), Cause> {
     let Some(record) = Record::read(runtime) else { return Ok(()) };
     match record.end_leftovers() {
         Ok(0) => {}

@@ -103,7 +103,7 @@ impl Room {
     pub async fn released(&self, uses: &Uses, hurry: &CancellationToken) -> Waited {
         let begun = Instant::now();
         let waited = tokio::select! {
-            waited = self.wait(uses, begun, Give::Up) => waited,
+            waited = self.wait(uses, begun, Give::Up, async {}) => waited,
             () = async {
                 hurry.cancelled().await;
                 tokio::time::sleep(IN_A_HURRY).await;
@@ -117,10 +117,11 @@ impl Room {
         waited
     }
 
-    /// Before a launch, for as long as it takes.
-    pub async fn free(&self, uses: &Uses, stop: &CancellationToken) -> Waited {
+    /// Before a launch, for as long as it takes. `held` is awaited once, when somebody is in the way for more
+    /// than a moment.
+    pub async fn free(&self, uses: &Uses, stop: &CancellationToken, held: impl Future<Output = ()> + Send) -> Waited {
         let waited = tokio::select! {
-            waited = self.wait(uses, Instant::now(), Give::Nothing) => waited,
+            waited = self.wait(uses, Instant::now(), Give::Nothing, held) => waited,
             () = stop.cancelled() => Waited::Broken,
         };
         self.said().clear();
@@ -132,7 +133,8 @@ impl Room {
         self.in_the_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn wait(&self, uses: &Uses, begun: Instant, give: Give) -> Waited {
+    async fn wait(&self, uses: &Uses, begun: Instant, give: Give, tell: impl Future<Output = ()> + Send) -> Waited {
+        let mut tell = Some(tell);
         let mut named: Option<Vec<(u32, Vec<i32>)>> = None;
         loop {
             let look = self.gpus.look().await;
@@ -159,6 +161,9 @@ impl Room {
             if begun.elapsed() >= NEWS && named.as_ref() != Some(&who) {
                 tracing::warn!("no engine is started: {text}");
                 named = Some(who);
+                if let Some(tell) = tell.take() {
+                    tell.await;
+                }
             }
             tokio::time::sleep((begun.elapsed() / 10).clamp(FIRST_LOOK, SLOW_LOOK)).await;
         }
@@ -234,7 +239,7 @@ mod tests {
         let mut stranger = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
         holds(folder.path(), 0, stranger.id(), 100 * GIB);
         let (told, stop) = (Arc::clone(&room.in_the_way), CancellationToken::new());
-        let launch = tokio::spawn(async move { room.free(&uses(), &stop).await });
+        let launch = tokio::spawn(async move { room.free(&uses(), &stop, async {}).await });
         let said = loop {
             let said = told.lock().expect("no panic").clone();
             if !said.is_empty() {
@@ -260,7 +265,7 @@ mod tests {
         holds(folder.path(), 0, 0, 20 * GIB);
         holds(folder.path(), 1, 0, 180 * GIB);
         let (uses, stop) = (uses(), CancellationToken::new());
-        let free = tokio::time::timeout(Duration::from_secs(5), room.free(&uses, &stop)).await;
+        let free = tokio::time::timeout(Duration::from_secs(5), room.free(&uses, &stop, async {})).await;
         assert_eq!(free, Ok(Waited::Free));
     }
 
@@ -269,7 +274,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let room = node(folder.path(), 0);
         let never = CancellationToken::new();
-        assert_eq!(room.free(&uses(), &never).await, Waited::Free);
+        assert_eq!(room.free(&uses(), &never, async {}).await, Waited::Free);
         // The engine's memory outlives it for a moment.
         let file = holds(folder.path(), 0, 0, 30 * GIB);
         let release = tokio::spawn({
@@ -295,6 +300,6 @@ mod tests {
     async fn without_facts_nothing_is_waited_for() {
         let folder = tempfile::tempdir().expect("a folder");
         let room = Room::new(Gpus::of(Source::Written(folder.path().join("none"))));
-        assert_eq!(room.free(&uses(), &CancellationToken::new()).await, Waited::Free);
+        assert_eq!(room.free(&uses(), &CancellationToken::new(), async {}).await, Waited::Free);
     }
 }

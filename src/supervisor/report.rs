@@ -59,11 +59,12 @@ pub struct Facts<'a> {
 ///
 /// The machine waits in one state from the fork to readiness; people are told apart the part in which the
 /// engine's processes import from the one in which they load.
-fn public_state(machine: &Machine, importing: bool) -> EngineState {
+pub(super) fn public_state(machine: &Machine, importing: bool) -> EngineState {
     match &machine.state {
         State::Loading { .. } if importing => EngineState::Launching,
         State::Fetching => EngineState::Fetching,
-        State::Preparing => EngineState::Preparing,
+        State::Preparing | State::Claiming { .. } => EngineState::Preparing,
+        State::Occupied => EngineState::Occupied,
         State::Launching => EngineState::Launching,
         State::Loading { .. } => EngineState::Loading,
         State::Ready => EngineState::Ready,
@@ -90,11 +91,14 @@ impl Facts<'_> {
                     self.stuck
                 )
             }
-            State::Draining { .. } | State::Stopping { .. } | State::Stopped { .. } if self.machine.stopping() => {
-                "sglangd is stopping.".into()
-            }
             _ if self.machine.stopping() => "sglangd is stopping.".into(),
-            State::Preparing | State::Releasing { .. } if !self.in_the_way.is_empty() => self.in_the_way.to_owned(),
+            State::Claiming { .. } | State::Occupied | State::Releasing { .. }
+                if !self.in_the_way.is_empty() =>
+            {
+                self.in_the_way.to_owned()
+            }
+            State::Occupied => "The GPUs are not free. No engine is started until they are.".into(),
+            State::Draining { .. } | State::Stopping { .. } => "The engine is being restarted, as told.".into(),
             _ => self.cause.map(|cause| cause.sentence.clone()).unwrap_or_default(),
         }
     }
@@ -105,7 +109,7 @@ impl Facts<'_> {
             State::Unkillable { .. } => {
                 "They hang in the kernel, mostly in a driver: the node needs a look, then a reboot.".into()
             }
-            State::Preparing if !self.in_the_way.is_empty() => {
+            State::Claiming { .. } | State::Occupied if !self.in_the_way.is_empty() => {
                 "End what holds the memory, or lower `mem-fraction-static`; the engine starts by itself once there is room."
                     .into()
             }
@@ -179,11 +183,19 @@ impl Facts<'_> {
     pub fn view(&self) -> EngineView {
         let state = public_state(self.machine, self.importing);
         let will_return = !self.machine.stopping()
-            && !matches!(state, EngineState::GaveUp | EngineState::Stopped | EngineState::Unkillable);
+            && !matches!(
+                state,
+                EngineState::GaveUp | EngineState::Stopped | EngineState::Unkillable | EngineState::Occupied
+            );
         let hold = match (will_return, self.config.limits.hold.is_zero()) {
             (true, false) => self.config.limits.hold,
             // From the first moment of a death, before its cause is known.
-            (true, true) if state == EngineState::Failing => HOLD_OVER_RESTART,
+            (true, true) if matches!(state, EngineState::Failing | EngineState::Draining | EngineState::Stopping) => {
+                HOLD_OVER_RESTART
+            }
+            (true, true) if matches!(self.machine.state, State::Reaping { .. } | State::Releasing { .. }) => {
+                HOLD_OVER_RESTART
+            }
             (true, true) if self.machine.restarts > 0 || self.cause.is_some() => HOLD_OVER_RESTART,
             (true | false, _) => Duration::ZERO,
         };

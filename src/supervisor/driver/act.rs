@@ -14,14 +14,10 @@ use crate::supervisor::autopsy::{self, Found};
 use crate::supervisor::cause::Cause;
 use crate::supervisor::findings::{Stacks, Subject};
 use crate::supervisor::loading::{Loading, Memory};
-use crate::supervisor::prepare::{Ingredients, end_earlier_run, prepare};
+use crate::supervisor::prepare::{Ingredients, prepare};
 use crate::supervisor::releasing::{Uses, Waited};
 use crate::supervisor::running::{End, Notice, launch, stranger};
 use crate::supervisor::step::{Action, Check, Event, Machine, State};
-
-fn broke_off(error: &tokio::task::JoinError) -> Cause {
-    Cause::passing("bug", Exit::Bug.code(), format!("The preparation of a start broke off: {error}."), "")
-}
 
 /// What clients read whose stream is cut by a stop.
 const CUT_REASON: &str = "The server is shutting down; the answer is incomplete. Try again.";
@@ -38,6 +34,8 @@ impl Driver {
                 self.drain_asked = Some(self.half_view.borrow().reports);
                 self.half.drain();
             }
+            // The proxy learns it with the state.
+            Action::Hold => self.drain_asked = Some(self.half_view.borrow().reports),
             Action::CutStreams => self.half.cut(CUT_REASON),
             Action::Terminate => {
                 if let Some(engine) = &self.engine {
@@ -77,29 +75,44 @@ impl Driver {
             resolved: acquired.resolved.clone(),
             snapshots: acquired.snapshots.clone(),
         };
-        let uses = Uses::of(&from.config, &from.resolved, &from.own_env);
-        self.node.uses = Some(uses.clone());
-        let (room, stop) = (self.room.clone(), self.hurry.clone());
+        self.node.uses = Some(Uses::of(&from.config, &from.resolved, &from.own_env));
         let reports = self.reports.clone();
         self.preparing = Some(tokio::spawn(async move {
-            let runtime = from.folders.runtime.clone();
-            let ended = tokio::task::spawn_blocking(move || end_earlier_run(&runtime)).await;
-            let prepared = match ended.unwrap_or_else(|error| Err(broke_off(&error))) {
-                Err(cause) => Err(cause),
-                // A stop: the kill that follows waits for us, and nobody for the start.
-                Ok(()) if room.free(&uses, &stop).await == Waited::Broken => return,
-                Ok(()) => {
-                    let prepared = tokio::task::spawn_blocking(move || prepare(&from)).await;
-                    prepared.unwrap_or_else(|error| Err(broke_off(&error)))
-                }
-            };
+            let prepared = tokio::task::spawn_blocking(move || prepare(&from)).await;
+            let prepared = prepared.unwrap_or_else(|error| {
+                Err(Cause::passing(
+                    "bug",
+                    Exit::Bug.code(),
+                    format!("The preparation of a start broke off: {error}."),
+                    "",
+                ))
+            });
             let _ = reports.send(Report::Prepared(prepared.map(Box::new))).await;
         }));
+    }
+
+    /// Before a launch: until there is room for it, for as long as it takes, unless the launch is given up.
+    fn claim(&mut self, roll: u16) {
+        let Some(uses) = self.node.uses.clone() else { return };
+        let (room, given_up, reports) = (self.room.clone(), self.hurry.clone(), self.reports.clone());
+        tokio::spawn(async move {
+            let teller = reports.clone();
+            let held = async move {
+                let _ = teller.send(Report::Held { roll }).await;
+            };
+            if room.free(&uses, &given_up, held).await == Waited::Free {
+                let _ = reports.send(Report::Released { roll }).await;
+            }
+        });
     }
 
     /// Until the memory of the engine that was is free; at a stop, not for long.
     fn release(&mut self) {
         let roll = rand::rng().random_range(0..1000);
+        if !matches!(self.machine.state, State::Releasing { .. }) {
+            self.claim(roll);
+            return;
+        }
         let Some(uses) = self.uses.take() else {
             // Nothing was launched: nothing is held.
             self.send(Report::Released { roll });
