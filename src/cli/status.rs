@@ -170,7 +170,11 @@ fn render(status: &Status) -> String {
         .collect();
     row("ranks", &ranks.join(", "));
     if let Some(seconds) = status.engine.suspected_seconds {
-        row("hang?", &format!("no sign of life for {}", span(seconds)));
+        let why = match status.engine.suspicion.as_str() {
+            "" => format!("no sign of life for {}", span(seconds)),
+            why => why.to_owned(),
+        };
+        row("hang?", &why);
     }
     row("last exit", status.engine.last_exit.as_deref().unwrap_or_default());
     row("found", &status.bundle.as_ref().map(|path| path.display().to_string()).unwrap_or_default());

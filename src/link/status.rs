@@ -78,6 +78,22 @@ pub struct EngineStatus {
     /// The engine's own cgroup, where it has one.
     #[serde(default)]
     pub cgroup: Option<PathBuf>,
+    /// Why; empty when none is suspected.
+    #[serde(default)]
+    pub suspicion: String,
+    /// How often a hang was suspected since sglangd's start.
+    #[serde(default)]
+    pub suspected_total: u64,
+    /// What its own figures say that nobody meant; in `warnings` too.
+    #[serde(default)]
+    pub remarks: Vec<RemarkStatus>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemarkStatus {
+    /// `speculation_idle`, `kv_cache_small`, `prefix_cache_idle` or `kernels_cold`.
+    pub kind: String,
+    pub text: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

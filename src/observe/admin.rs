@@ -68,7 +68,10 @@ pub fn with_orders(routes: Router, orders: Orderly) -> Router {
 /// The same, for an address that others may reach.
 pub fn without_orders(routes: Router) -> Router {
     let refused = || async {
-        (StatusCode::FORBIDDEN, "only on the Unix socket in the runtime folder: sglangd restart-engine, sglangd bundle\n")
+        (
+            StatusCode::FORBIDDEN,
+            "only on the Unix socket in the runtime folder: sglangd restart-engine, sglangd bundle\n",
+        )
     };
     routes.merge(Router::new().route(RESTART, post(refused)).route(BUNDLE, post(refused)))
 }
@@ -162,6 +165,10 @@ fn own(status: &Status) -> String {
     gauge("sglangd_uptime_seconds", "Since sglangd's start.", &[], status.uptime_seconds as f64);
     let suspected = f64::from(u8::from(status.engine.suspected_seconds.is_some()));
     gauge("sglangd_engine_hang_suspected", "1 while a hang of the engine is suspected.", &[], suspected);
+    for remark in &status.engine.remarks {
+        let help = "1 for each thing that the engine's figures say and nobody meant.";
+        gauge("sglangd_engine_remark", help, &[("kind", &remark.kind)], 1.0);
+    }
     gauge(
         "sglangd_warnings",
         "Things that are not as they should be, though it works; see status.",
@@ -203,6 +210,11 @@ fn own(status: &Status) -> String {
         "sglangd_log_lines_dropped_total",
         "Lines of the log that nobody took in time.",
         logging::dropped_lines() as u64,
+    );
+    counter(
+        "sglangd_engine_hangs_suspected_total",
+        "How often a hang of the engine was suspected.",
+        status.engine.suspected_total,
     );
     counter(
         "sglangd_proxy_restarts_total",

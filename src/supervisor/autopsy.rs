@@ -39,6 +39,14 @@ pub fn not_started(program: &str, error: &io::Error) -> Cause {
     }
 }
 
+/// Why the supervisor ends an engine whose main process lives, in a sentence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Judged {
+    Hung(String),
+    /// A rank died, of something that the log may tell.
+    RankDied(String),
+}
+
 /// What was found with a dead or hung engine.
 #[derive(Debug)]
 pub struct Found {
@@ -47,7 +55,7 @@ pub struct Found {
     pub tail: Vec<Vec<u8>>,
     pub signatures: Vec<Signature>,
     /// The supervisor's own judgement, where it ended a living engine.
-    pub verdict: Option<String>,
+    pub verdict: Option<Judged>,
     pub node: NodeFound,
 }
 
@@ -62,12 +70,25 @@ pub struct NodeFound {
     pub gpu_fault: Option<String>,
 }
 
+impl NodeFound {
+    /// Whether this class is what the machine, and not the engine, said.
+    fn tells(&self, class: death::Class) -> bool {
+        match class {
+            death::Class::HostOom => self.oom_kill == Some(true),
+            death::Class::Hardware => self.hardware.is_some(),
+            death::Class::CudaError => self.gpu_fault.is_some(),
+            _ => false,
+        }
+    }
+}
+
 /// One class, one sentence, one piece of advice. `before`: the class of the start before this one, if
 /// no engine was ready in between.
 pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {
     let how = match (found.ended, &found.verdict) {
         (Some(Ended::Exited(code)), _) => How::Exited(code),
         (Some(Ended::Signaled(signal)), _) => How::Signaled(signal),
+        (None, Some(Judged::RankDied(_))) => How::RankDied,
         (None, _) => How::Hung,
     };
     let evidence = Evidence {
@@ -93,9 +114,14 @@ pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {
     };
     let sentence = match &found.verdict {
         None => cause.sentence,
-        // What was seen from outside, and why, where more is known than that.
-        Some(verdict) if cause.class == death::Class::Hang => verdict.clone(),
-        Some(verdict) => format!("{verdict} {}", cause.sentence),
+        // What was seen from outside, and why, where the machine knows more than that.
+        Some(Judged::Hung(sentence) | Judged::RankDied(sentence)) if found.node.tells(cause.class) => {
+            format!("{sentence} {}", cause.sentence)
+        }
+        Some(Judged::Hung(sentence)) => sentence.clone(),
+        // The engine's own words say more, where it had any.
+        Some(Judged::RankDied(sentence)) if found.signatures.is_empty() => sentence.clone(),
+        Some(Judged::RankDied(_)) => cause.sentence,
     };
     Cause { failure: Failure { class, retry, exit: exit.code() }, sentence, advice: cause.advice.to_owned() }
 }

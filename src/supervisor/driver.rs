@@ -8,6 +8,7 @@ mod bundle;
 mod duty;
 mod node;
 mod tell;
+mod vigil;
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
@@ -24,6 +25,7 @@ use super::cause::Cause;
 use super::fetcher::Current;
 use super::half::{Half, HalfView, Orders};
 use super::loading::Loading;
+use super::look::Look;
 use super::prepare::Prepared;
 use super::releasing::{Room, Uses};
 use super::report::{Facts, Systemd, headline};
@@ -33,15 +35,16 @@ use crate::config::Config;
 use crate::config::folders::Folders;
 use crate::config::{Loaded, OnGiveUp};
 use crate::engine::env::Env;
+use crate::engine::remarks::Expected;
 use crate::exit::Exit;
+use crate::health::loads::Figures;
 use crate::health::probe::Pulse;
-use crate::health::verdict::LastProbe;
 use crate::launch::guard::Guarded;
 use crate::launch::output::Said;
 use crate::launch::spawner::Spawner;
 use crate::link::status::{Listening, RankStatus, Status, WeightsStatus};
 use crate::link::{EngineView, ProxySettings};
-use crate::node::gpus::{Gpus, Look, Source};
+use crate::node::gpus::{self, Gpus, Source};
 use crate::shutdown::{Signals, Wish};
 use crate::weights::Progress;
 
@@ -69,11 +72,13 @@ enum Report {
     Prepared(Result<Box<Prepared>, Cause>),
     Examined(Cause),
     Pulse(Pulse),
+    Looked(Box<Look>),
+    Figures { of: i32, figures: Figures },
     Notice(Notice),
     TreeEmpty,
     Released { roll: u16 },
     Held { roll: u16 },
-    Gpus(Look),
+    Gpus(gpus::Look),
     Bundled(Result<PathBuf, String>),
     Order(Order),
 }
@@ -206,7 +211,11 @@ pub struct Driver {
     bundle: Option<PathBuf>,
     /// Cancelled when nobody is to wait for the GPUs any longer.
     hurry: CancellationToken,
-    pulse: duty::PulseState,
+    vigil: vigil::Vigil,
+    /// How often a hang was suspected.
+    suspicions: u64,
+    /// What the flags lead to expect of the engine's figures.
+    expected: Expected,
     stop_asked: Option<Instant>,
     exit: Option<u8>,
 }
@@ -245,10 +254,12 @@ impl Driver {
             listen: &listen,
             warnings: &warnings,
             uptime: Duration::ZERO,
-            suspected: None,
             gpus: &[],
             in_the_way: "",
             bundle: None,
+            suspicion: None,
+            suspicions: 0,
+            remarks: &[],
         };
         let (status, status_reader) = watch::channel(facts.status());
         let (engine_view, engine_reader) = watch::channel(facts.view());
@@ -309,7 +320,9 @@ impl Driver {
             node: NodeFacts::default(),
             bundle: None,
             hurry: CancellationToken::new(),
-            pulse: duty::PulseState::default(),
+            vigil: vigil::Vigil::default(),
+            suspicions: 0,
+            expected: Expected::default(),
             stop_asked: None,
             exit: None,
         };
@@ -381,20 +394,13 @@ impl Driver {
         match self.machine.state {
             State::Fetching | State::Preparing => {
                 self.loading = Loading::default();
-                self.pulse = duty::PulseState::default();
+                self.vigil = vigil::Vigil::of(self.expected.clone());
             }
             State::Launching => self.weights = None,
             State::Ready => {
                 self.cause = None;
-                if let Some(engine) = &mut self.engine {
-                    engine.stop_watching();
-                    let named = engine.named_ranks();
-                    engine.ranks = named.iter().map(|(_, stat)| stat.clone()).collect();
-                    self.ranks = named.into_iter().map(|(name, _)| name).collect();
-                }
+                self.begin_watch();
                 self.loading.ready();
-                self.pulse.passed();
-                self.pulse.served = true;
             }
             _ => {}
         }

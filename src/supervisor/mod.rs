@@ -10,11 +10,13 @@ pub mod fetcher;
 pub mod findings;
 pub mod half;
 pub mod loading;
+pub mod look;
 pub mod prepare;
 pub mod releasing;
 pub mod report;
 pub mod restart;
 pub mod running;
 pub mod step;
+pub mod warmth;
 #[cfg(test)]
 mod worlds;

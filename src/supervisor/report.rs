@@ -11,8 +11,10 @@ use super::half::HalfView;
 use super::running::Running;
 use super::step::{Machine, State};
 use crate::config::{Config, ModelSource};
+use crate::engine::remarks::Remark;
 use crate::link::status::{
-    EngineStatus, GpuStatus, Listening, ModelStatus, ProxyStatus, RankStatus, Requests, Status, WeightsStatus,
+    EngineStatus, GpuStatus, Listening, ModelStatus, ProxyStatus, RankStatus, RemarkStatus, Requests, Status,
+    WeightsStatus,
 };
 use crate::link::{EngineState, EngineView};
 use crate::weights::Snapshot;
@@ -24,6 +26,14 @@ const HOLD_OVER_RESTART: Duration = Duration::from_secs(30);
 const MORE_TIME: Duration = Duration::from_mins(1);
 /// And asked at most this often.
 const ASK_EVERY: Duration = Duration::from_secs(10);
+
+/// A hang that nobody acts upon yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Suspicion {
+    pub silence: Duration,
+    /// In words that go on from "the engine hung:".
+    pub why: String,
+}
 
 /// Everything a report is made from; borrowed from the driver.
 #[derive(Debug)]
@@ -48,11 +58,13 @@ pub struct Facts<'a> {
     pub listen: &'a Listening,
     pub warnings: &'a [String],
     pub uptime: Duration,
-    pub suspected: Option<Duration>,
     pub gpus: &'a [GpuStatus],
     /// Who holds memory that the next engine needs, as a sentence.
     pub in_the_way: &'a str,
     pub bundle: Option<&'a Path>,
+    pub suspicion: Option<&'a Suspicion>,
+    pub suspicions: u64,
+    pub remarks: &'a [Remark],
 }
 
 /// The state's name for everybody outside.
@@ -92,9 +104,7 @@ impl Facts<'_> {
                 )
             }
             _ if self.machine.stopping() => "sglangd is stopping.".into(),
-            State::Claiming { .. } | State::Occupied | State::Releasing { .. }
-                if !self.in_the_way.is_empty() =>
-            {
+            State::Claiming { .. } | State::Occupied | State::Releasing { .. } if !self.in_the_way.is_empty() => {
                 self.in_the_way.to_owned()
             }
             State::Occupied => "The GPUs are not free. No engine is started until they are.".into(),
@@ -151,8 +161,11 @@ impl Facts<'_> {
                 command: self.config.engine.command.clone(),
                 port: self.engine.map(|e| e.upstream.addr.port()),
                 ranks: self.ranks.to_vec(),
-                suspected_seconds: self.suspected.map(|d| d.as_secs()),
                 cgroup: self.engine.and_then(|e| e.tree.cgroup.clone()),
+                suspected_seconds: self.suspicion.map(|s| s.silence.as_secs()),
+                suspicion: self.suspicion.map(|s| s.why.clone()).unwrap_or_default(),
+                suspected_total: self.suspicions,
+                remarks: self.remarks.iter().map(shown).collect(),
             },
             requests: Requests {
                 in_flight: self.half.traffic.in_flight,
@@ -172,6 +185,7 @@ impl Facts<'_> {
             listen: Listening { tls: self.config.listen.tls.is_some(), ..self.listen.clone() },
             warnings: (self.warnings.iter().chain(&self.half.warnings).chain(&self.half.refused))
                 .chain(&self.config.exposure())
+                .chain(self.remarks.iter().map(|remark| &remark.sentence))
                 .cloned()
                 .collect(),
             uptime_seconds: self.uptime.as_secs(),
@@ -209,11 +223,15 @@ impl Facts<'_> {
                 EngineState::Ready | EngineState::Busy => self.engine.map(|e| e.upstream.clone()),
                 _ => None,
             },
-            suspected: self.suspected.is_some(),
+            suspected: self.suspicion.is_some(),
             will_return,
             hold_ms: hold.as_millis() as u64,
         }
     }
+}
+
+fn shown(remark: &Remark) -> RemarkStatus {
+    RemarkStatus { kind: remark.kind.name().to_owned(), text: remark.sentence.clone() }
 }
 
 /// One line for people: the log, systemd's STATUS.

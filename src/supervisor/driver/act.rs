@@ -10,7 +10,7 @@ use crate::exit::Exit;
 use crate::health::probe::{self, Pulse};
 use crate::launch::record::Record;
 use crate::supervisor::acquire::acquire;
-use crate::supervisor::autopsy::{self, Found};
+use crate::supervisor::autopsy::{self, Found, Judged};
 use crate::supervisor::cause::Cause;
 use crate::supervisor::findings::{Stacks, Subject};
 use crate::supervisor::loading::{Loading, Memory};
@@ -187,14 +187,14 @@ impl Driver {
         engine.stop_watching();
         let (reports, spawner) = (self.reports.clone(), self.spawner.clone());
         let (state, about) = (self.means.folders.state.clone(), self.about());
-        let reached = if self.pulse.served { Reached::Ready } else { self.loading.reached() };
+        let reached = if self.vigil.served { Reached::Ready } else { self.loading.reached() };
         let words = engine.take_last_words();
         let subject = Subject::new(engine.tree.clone(), engine.spec.clone());
         let stacks = if engine.ended.is_none() { Stacks::Take } else { Stacks::Leave };
         let (ended, heard) = (engine.ended, Arc::clone(&engine.heard));
         // The engine goes back to the driver for its end; only its last words are waited for here.
         self.engine = Some(engine);
-        let verdict = self.pulse.judged.take().or_else(|| self.start_verdict());
+        let verdict = self.vigil.judged.take().or_else(|| self.start_verdict().map(Judged::Hung));
         let before = self.cause.as_ref().map(|cause| cause.failure.class);
         let node = self.node.witness(&self.ranks, self.engine.as_ref().map(|engine| engine.pid));
         tokio::spawn(async move {
@@ -223,9 +223,17 @@ impl Driver {
         let engine = self.engine.as_ref()?;
         let phase = self.loading.phase(&State::Loading { since: 0, progress: 0, check: Check::Waiting });
         Some(if engine.since.elapsed() >= start.limit {
-            format!("The engine's start took longer than start.limit ({} s); it was {phase}.", start.limit.as_secs())
+            format!(
+                "The engine's start took longer than start.limit ({} s); it was {phase}{}.",
+                start.limit.as_secs(),
+                self.start_suspicion()
+            )
         } else {
-            format!("The engine's start made no progress for start.stall ({} s) while {phase}.", start.stall.as_secs())
+            format!(
+                "The engine's start made no progress for start.stall ({} s) while {phase}{}.",
+                start.stall.as_secs(),
+                self.start_suspicion()
+            )
         })
     }
 
@@ -271,11 +279,5 @@ impl Driver {
 
     pub(super) fn is_past_loading(machine: &Machine) -> bool {
         matches!(machine.state, State::Ready | State::Busy)
-    }
-}
-
-impl Driver {
-    pub(super) fn last_probe_failed(&mut self) {
-        self.pulse.last = super::LastProbe::Failed;
     }
 }

@@ -32,10 +32,12 @@ impl Driver {
             listen: &self.listen,
             warnings: &self.warnings,
             uptime: self.born.elapsed(),
-            suspected: self.pulse.suspected,
             gpus: &gpus,
             in_the_way: &in_the_way,
             bundle: self.bundle.as_deref(),
+            suspicion: self.vigil.suspicion.as_ref(),
+            suspicions: self.suspicions,
+            remarks: &self.vigil.remarks,
         };
         let (status, view) = (facts.status(), facts.view());
         self.systemd.step(&status);
