@@ -190,11 +190,12 @@ impl Driver {
         let reached = if self.vigil.served { Reached::Ready } else { self.loading.reached() };
         let words = engine.take_last_words();
         let subject = Subject::new(engine.tree.clone(), engine.spec.clone());
-        let stacks = if engine.ended.is_none() { Stacks::Take } else { Stacks::Leave };
         let (ended, heard) = (engine.ended, Arc::clone(&engine.heard));
         // The engine goes back to the driver for its end; only its last words are waited for here.
         self.engine = Some(engine);
         let verdict = self.vigil.judged.take().or_else(|| self.start_verdict().map(Judged::Hung));
+        // Only of one that hangs: where a rank died, the others wait for it, and nobody should wait for them.
+        let stacks = if matches!(verdict, Some(Judged::Hung(_))) { Stacks::Take } else { Stacks::Leave };
         let before = self.cause.as_ref().map(|cause| cause.failure.class);
         let node = self.node.witness(&self.ranks, self.engine.as_ref().map(|engine| engine.pid));
         tokio::spawn(async move {
