@@ -5,6 +5,7 @@
 pub mod cgroup;
 pub mod end;
 pub mod fd;
+pub mod priority;
 pub mod proc;
 pub mod seccomp;
 pub mod spawn;
