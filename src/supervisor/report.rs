@@ -13,8 +13,8 @@ use super::step::{Machine, State};
 use crate::config::{Config, ModelSource};
 use crate::engine::remarks::Remark;
 use crate::link::status::{
-    EngineStatus, GpuStatus, Listening, ModelStatus, ProxyStatus, RankStatus, ReadAhead, RemarkStatus, Requests, Status,
-    WeightsStatus,
+    EngineStatus, GpuStatus, Listening, ModelStatus, ProxyStatus, RankStatus, ReadAhead, RemarkStatus, Requests,
+    Status, WeightsStatus,
 };
 use crate::link::{EngineState, EngineView};
 use crate::weights::Snapshot;
