@@ -29,6 +29,7 @@ const TAIL_LINE: usize = 1024;
 const MAX_SIGNATURES: usize = 128;
 /// One read; and what a pipe is asked to hold, in place of Linux's 64 KiB: fewer turns in a flood.
 const READ: usize = 1 << 20;
+const PIPE: i32 = 1 << 20;
 /// Lines logged in one second; more are counted and dropped. A start logs some hundred a second.
 const LINES_A_SECOND: u32 = 2_000;
 /// Lines understood in one second; of those beyond, only the last are kept. Twenty times as many as a start
@@ -127,7 +128,7 @@ pub fn drain(
     let mut readers = Vec::new();
     for stream in streams {
         // Refused where a user has many such pipes: then it is as large as others.
-        let _ = nix::fcntl::fcntl(&stream, nix::fcntl::FcntlArg::F_SETPIPE_SZ(READ as i32));
+        let _ = nix::fcntl::fcntl(&stream, nix::fcntl::FcntlArg::F_SETPIPE_SZ(PIPE));
         let (heard, secrets, facts) = (Arc::clone(&heard), Arc::clone(&secrets), facts.clone());
         readers.push(tokio::task::spawn_blocking(move || read(File::from(stream), &heard, &secrets, &facts)));
     }
@@ -373,7 +374,10 @@ mod tests {
             reader.await.expect("no panic");
         }
         let took = begun.elapsed();
-        println!("figure: {} MiB drained at {:.0} MiB/s", bytes >> 20, (bytes >> 20) as f64 / took.as_secs_f64());
+        #[allow(clippy::print_stdout)] // a figure for people
+        {
+            println!("figure: {} MiB drained at {:.0} MiB/s", bytes >> 20, (bytes >> 20) as f64 / took.as_secs_f64());
+        }
         assert!(heard.signatures().contains(&Signature::GpuOom), "{:?}", heard.signatures());
         assert!(heard.tail().len() <= TAIL_LINES);
     }

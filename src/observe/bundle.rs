@@ -93,7 +93,9 @@ fn machine() -> Vec<Page> {
     let log = match kernel_log::read() {
         Ok(records) => {
             let last = records.iter().skip(records.len().saturating_sub(RECORDS));
-            last.map(|record| format!("[{:>12.6}] {}\n", record.at as f64 / 1e6, record.text)).collect()
+            let lines: Vec<String> =
+                last.map(|record| format!("[{:>12.6}] {}\n", record.at as f64 / 1e6, record.text)).collect();
+            lines.concat()
         }
         Err(error) => format!("(the kernel's log may not be read: {error})\n"),
     };

@@ -113,7 +113,6 @@ pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {
         death::Retry::Once | death::Retry::Backoff => Retry::Backoff,
     };
     let sentence = match &found.verdict {
-        None => cause.sentence,
         // What was seen from outside, and why, where the machine knows more than that.
         Some(Judged::Hung(sentence) | Judged::RankDied(sentence)) if found.node.tells(cause.class) => {
             format!("{sentence} {}", cause.sentence)
@@ -121,7 +120,7 @@ pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {
         Some(Judged::Hung(sentence)) => sentence.clone(),
         // The engine's own words say more, where it had any.
         Some(Judged::RankDied(sentence)) if found.signatures.is_empty() => sentence.clone(),
-        Some(Judged::RankDied(_)) => cause.sentence,
+        Some(Judged::RankDied(_)) | None => cause.sentence,
     };
     Cause { failure: Failure { class, retry, exit: exit.code() }, sentence, advice: cause.advice.to_owned() }
 }

@@ -195,7 +195,7 @@ fn process_table(members: &[i32], own: i32) -> String {
         let (status, wchan, stack) = (read("status"), read("wchan"), read("stack"));
         let fact = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            line.map(str::trim).unwrap_or("?").to_owned()
+            line.map_or("?", str::trim).to_owned()
         };
         let command = redact::text(&proc::command_line(pid));
         let command = if command.is_empty() { format!("[{}]", process.comm) } else { command };

@@ -133,7 +133,7 @@ impl Driver {
 
     async fn launch(&mut self) {
         let Some(prepared) = self.prepared.take() else { return };
-        self.uses = self.node.uses.clone();
+        self.uses.clone_from(&self.node.uses);
         self.node.launched();
         let (notices, mut from) = tokio::sync::mpsc::channel::<Notice>(4);
         let reports = self.reports.clone();
