@@ -11,6 +11,7 @@ mod connection_faults;
 mod direct_streams;
 mod engine_away;
 mod engine_faults;
+mod health_faults;
 mod http2_faults;
 mod http2_rules;
 mod http2_traffic;

@@ -160,7 +160,11 @@ fn render(status: &Status) -> String {
         .collect();
     row("ranks", &ranks.join(", "));
     if let Some(seconds) = status.engine.suspected_seconds {
-        row("hang?", &format!("no sign of life for {}", span(seconds)));
+        let why = match status.engine.suspicion.as_str() {
+            "" => format!("no sign of life for {}", span(seconds)),
+            why => why.to_owned(),
+        };
+        row("hang?", &why);
     }
     row("last exit", status.engine.last_exit.as_deref().unwrap_or_default());
     let r = &status.requests;

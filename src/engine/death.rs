@@ -15,6 +15,8 @@ pub enum How {
     Signaled(i32),
     /// It did not end: the supervisor found it hung.
     Hung,
+    /// It did not end, but one of its ranks did.
+    RankDied,
 }
 
 /// How far the start had come.
@@ -236,7 +238,7 @@ pub fn classify<L: AsRef<[u8]>>(evidence: &Evidence<'_, L>) -> Cause {
             How::Signaled(signal) => {
                 let _ = write!(sentence, " (by {})", signal_name(signal));
             }
-            How::Hung => {}
+            How::Hung | How::RankDied => {}
         }
     }
     if !sentence.ends_with(['.', '!', '?']) {
@@ -312,7 +314,7 @@ fn class_of<L: AsRef<[u8]>>(evidence: &Evidence<'_, L>) -> Class {
         }
         How::Exited(3) => Class::Port,
         How::Signaled(nix::libc::SIGTERM | nix::libc::SIGINT | nix::libc::SIGHUP | nix::libc::SIGKILL) => Class::Signal,
-        How::Signaled(_) => Class::Crash,
+        How::Signaled(_) | How::RankDied => Class::Crash,
         _ => Class::Unknown,
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! It does not decide when: `supervisor::step` does. It knows nothing of the engine's flags or log.
 
+pub mod caches;
 pub mod guard;
 pub mod leftovers;
 pub mod output;

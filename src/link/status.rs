@@ -69,6 +69,22 @@ pub struct EngineStatus {
     pub ranks: Vec<RankStatus>,
     /// A hang is suspected since this many seconds.
     pub suspected_seconds: Option<u64>,
+    /// Why; empty when none is suspected.
+    #[serde(default)]
+    pub suspicion: String,
+    /// How often a hang was suspected since sglangd's start.
+    #[serde(default)]
+    pub suspected_total: u64,
+    /// What its own figures say that nobody meant; in `warnings` too.
+    #[serde(default)]
+    pub remarks: Vec<RemarkStatus>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemarkStatus {
+    /// `speculation_idle`, `kv_cache_small`, `prefix_cache_idle` or `kernels_cold`.
+    pub kind: String,
+    pub text: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -130,6 +130,10 @@ fn own(status: &Status) -> String {
     gauge("sglangd_uptime_seconds", "Since sglangd's start.", &[], status.uptime_seconds as f64);
     let suspected = f64::from(u8::from(status.engine.suspected_seconds.is_some()));
     gauge("sglangd_engine_hang_suspected", "1 while a hang of the engine is suspected.", &[], suspected);
+    for remark in &status.engine.remarks {
+        let help = "1 for each thing that the engine's figures say and nobody meant.";
+        gauge("sglangd_engine_remark", help, &[("kind", &remark.kind)], 1.0);
+    }
     gauge(
         "sglangd_warnings",
         "Things that are not as they should be, though it works; see status.",
@@ -155,6 +159,11 @@ fn own(status: &Status) -> String {
         "sglangd_engine_restarts_total",
         "Engines started again since sglangd's start.",
         u64::from(status.engine.restarts),
+    );
+    counter(
+        "sglangd_engine_hangs_suspected_total",
+        "How often a hang of the engine was suspected.",
+        status.engine.suspected_total,
     );
     counter(
         "sglangd_proxy_restarts_total",

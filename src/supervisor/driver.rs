@@ -6,6 +6,7 @@
 mod act;
 mod duty;
 mod tell;
+mod vigil;
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
@@ -20,6 +21,7 @@ use super::cause::Cause;
 use super::fetcher::Current;
 use super::half::{Half, HalfView, Orders};
 use super::loading::Loading;
+use super::look::Look;
 use super::prepare::Prepared;
 use super::report::{Facts, Systemd, headline};
 use super::running::{Notice, Running, Stuck};
@@ -28,9 +30,10 @@ use crate::config::Config;
 use crate::config::folders::Folders;
 use crate::config::{Loaded, OnGiveUp};
 use crate::engine::env::Env;
+use crate::engine::remarks::Expected;
 use crate::exit::Exit;
+use crate::health::loads::Figures;
 use crate::health::probe::Pulse;
-use crate::health::verdict::LastProbe;
 use crate::launch::guard::Guarded;
 use crate::launch::output::Said;
 use crate::launch::spawner::Spawner;
@@ -63,6 +66,8 @@ enum Report {
     Prepared(Result<Box<Prepared>, Cause>),
     Examined(Cause),
     Pulse(Pulse),
+    Looked(Box<Look>),
+    Figures { of: i32, figures: Figures },
     Notice(Notice),
     TreeEmpty,
     Released { roll: u16 },
@@ -158,7 +163,11 @@ pub struct Driver {
     last_exit: Option<String>,
     ranks: Vec<RankStatus>,
     warnings: Vec<String>,
-    pulse: duty::PulseState,
+    vigil: vigil::Vigil,
+    /// How often a hang was suspected.
+    suspicions: u64,
+    /// What the flags lead to expect of the engine's figures.
+    expected: Expected,
     stop_asked: Option<Instant>,
     exit: Option<u8>,
 }
@@ -197,7 +206,9 @@ impl Driver {
             listen: &listen,
             warnings: &warnings,
             uptime: Duration::ZERO,
-            suspected: None,
+            suspicion: None,
+            suspicions: 0,
+            remarks: &[],
         };
         let (status, status_reader) = watch::channel(facts.status());
         let (engine_view, engine_reader) = watch::channel(facts.view());
@@ -248,7 +259,9 @@ impl Driver {
             last_exit: None,
             ranks: Vec::new(),
             warnings,
-            pulse: duty::PulseState::default(),
+            vigil: vigil::Vigil::default(),
+            suspicions: 0,
+            expected: Expected::default(),
             stop_asked: None,
             exit: None,
         };
@@ -319,20 +332,13 @@ impl Driver {
         match self.machine.state {
             State::Fetching | State::Preparing => {
                 self.loading = Loading::default();
-                self.pulse = duty::PulseState::default();
+                self.vigil = vigil::Vigil::of(self.expected.clone());
             }
             State::Launching => self.weights = None,
             State::Ready => {
                 self.cause = None;
-                if let Some(engine) = &mut self.engine {
-                    engine.stop_watching();
-                    let named = engine.named_ranks();
-                    engine.ranks = named.iter().map(|(_, stat)| stat.clone()).collect();
-                    self.ranks = named.into_iter().map(|(name, _)| name).collect();
-                }
+                self.begin_watch();
                 self.loading.ready();
-                self.pulse.passed();
-                self.pulse.served = true;
             }
             _ => {}
         }

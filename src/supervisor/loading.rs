@@ -48,6 +48,11 @@ impl Memory {
         Self(state.join("starts").join(format!("{name:016x}.json")))
     }
 
+    /// A file of another kind about the same starts.
+    pub fn beside(&self, extension: &str) -> PathBuf {
+        self.0.with_extension(extension)
+    }
+
     fn recall(&self) -> Option<History> {
         serde_json::from_slice(&fs::read(&self.0).ok()?).ok()
     }

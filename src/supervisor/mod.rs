@@ -9,9 +9,11 @@ pub mod driver;
 pub mod fetcher;
 pub mod half;
 pub mod loading;
+pub mod look;
 pub mod prepare;
 pub mod report;
 pub mod running;
 pub mod step;
+pub mod warmth;
 #[cfg(test)]
 mod worlds;

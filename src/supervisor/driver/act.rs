@@ -10,7 +10,7 @@ use crate::exit::Exit;
 use crate::health::probe::{self, Pulse};
 use crate::launch::record::Record;
 use crate::supervisor::acquire::acquire;
-use crate::supervisor::autopsy::{self, Found};
+use crate::supervisor::autopsy::{self, Found, Judged};
 use crate::supervisor::cause::Cause;
 use crate::supervisor::loading::{Loading, Memory};
 use crate::supervisor::prepare::{Ingredients, prepare};
@@ -150,12 +150,12 @@ impl Driver {
         };
         engine.stop_watching();
         let reports = self.reports.clone();
-        let reached = if self.pulse.served { Reached::Ready } else { self.loading.reached() };
+        let reached = if self.vigil.served { Reached::Ready } else { self.loading.reached() };
         let words = engine.take_last_words();
         let (ended, heard) = (engine.ended, Arc::clone(&engine.heard));
         // The engine goes back to the driver for its end; only its last words are waited for here.
         self.engine = Some(engine);
-        let verdict = self.pulse.judged.take().or_else(|| self.start_verdict());
+        let verdict = self.vigil.judged.take().or_else(|| self.start_verdict().map(Judged::Hung));
         let before = self.cause.as_ref().map(|cause| cause.failure.class);
         tokio::spawn(async move {
             let tail = words.await;
@@ -173,9 +173,17 @@ impl Driver {
         let engine = self.engine.as_ref()?;
         let phase = self.loading.phase(&State::Loading { since: 0, progress: 0, check: Check::Waiting });
         Some(if engine.since.elapsed() >= start.limit {
-            format!("The engine's start took longer than start.limit ({} s); it was {phase}.", start.limit.as_secs())
+            format!(
+                "The engine's start took longer than start.limit ({} s); it was {phase}{}.",
+                start.limit.as_secs(),
+                self.start_suspicion()
+            )
         } else {
-            format!("The engine's start made no progress for start.stall ({} s) while {phase}.", start.stall.as_secs())
+            format!(
+                "The engine's start made no progress for start.stall ({} s) while {phase}{}.",
+                start.stall.as_secs(),
+                self.start_suspicion()
+            )
         })
     }
 
@@ -219,11 +227,5 @@ impl Driver {
 
     pub(super) fn is_past_loading(machine: &Machine) -> bool {
         matches!(machine.state, State::Ready | State::Busy)
-    }
-}
-
-impl Driver {
-    pub(super) fn last_probe_failed(&mut self) {
-        self.pulse.last = super::LastProbe::Failed;
     }
 }

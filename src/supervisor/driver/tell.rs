@@ -30,7 +30,9 @@ impl Driver {
             listen: &self.listen,
             warnings: &self.warnings,
             uptime: self.born.elapsed(),
-            suspected: self.pulse.suspected,
+            suspicion: self.vigil.suspicion.as_ref(),
+            suspicions: self.suspicions,
+            remarks: &self.vigil.remarks,
         };
         let (status, view) = (facts.status(), facts.view());
         self.systemd.step(&status);
