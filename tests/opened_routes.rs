@@ -7,6 +7,7 @@ use sglangd::link::routes::Rule;
 use sglangd::link::{EngineState, ProxySettings};
 
 use crate::harness::client::{Client, get, head, post, post_with};
+use crate::harness::daemon::Setup;
 use crate::harness::engine::{Engine, json};
 use crate::harness::front::{Front, keys_file, settings, view};
 
@@ -175,4 +176,26 @@ fn auth_routes_say_where_a_key_is_asked_for() {
     assert_eq!(Client::ask(front.addr, wrong).status, 200);
     let arrived = (0..engine.connections()).map(|n| engine.text(n)).collect::<String>();
     assert!(!arrived.contains("wrong") && !arrived.contains("secret"), "{arrived}");
+}
+
+#[test]
+fn a_list_of_routes_that_cannot_be_is_refused_with_the_way_out() {
+    for (key, value, said) in [
+        ("limits.routes", "[/flush_cache]", "operator's"),
+        ("limits.routes", "[/metrics]", "operator's"),
+        ("limits.routes", "[-/health]", "always"),
+        ("limits.routes", "[-/generat]", "did you mean /generate?"),
+        ("limits.routes", "/server_info", "not a list"),
+        ("limits.routes", "[server_info]", "a path like"),
+        ("auth.routes", "[/v1/models, -/v1/models]", "twice"),
+        ("limits.connections", "3", "16"),
+    ] {
+        let output = Setup::simulated().set(key, value).full_command("plan").output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(65), "{key}={value}: {error}");
+        assert!(error.contains(said), "{key}={value}: {error}");
+    }
+    let routes = "[/server_info, -/generate, /v2/new]";
+    let output = Setup::simulated().set("limits.routes", routes).full_command("plan").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
