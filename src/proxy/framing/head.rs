@@ -68,7 +68,7 @@ impl<'a> Lines<'a> {
 /// Whether a byte stands there that is neither text nor a tab. Without a branch for each byte, so that
 /// sixteen are looked at in one step: this sees every byte of every head.
 fn has_control(bytes: &[u8]) -> bool {
-    bytes.iter().fold(false, |found, &byte| found | ((byte < 0x20) & (byte != b'\t')) | (byte == 0x7f))
+    bytes.iter().fold(0, |found, &byte| found | u8::from(byte < 0x20 && byte != b'\t' || byte == 0x7f)) != 0
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
