@@ -24,7 +24,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
         "supervisor",
         &["config", "engine", "exit", "health", "launch", "link", "node", "observe", "shutdown", "sys", "weights"],
     ),
-    ("observe", &["config", "health", "link", "node", "supervisor"]),
+    ("observe", &["config", "health", "keys", "link", "node", "supervisor"]),
 ];
 
 fn sources(folder: &Path, found: &mut Vec<PathBuf>) {

@@ -5,3 +5,4 @@ pub mod bundle;
 pub mod clock;
 pub mod journal;
 pub mod logging;
+mod operator;
