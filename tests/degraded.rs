@@ -202,7 +202,7 @@ async fn j04_ten_thousand_orphans_are_reaped_while_streams_flow() {
     let addr = daemon.public();
     let (mut streams, mut slowest, begun) = (0, Duration::ZERO, Instant::now());
     while !daemon.log().contains("the storm is over") {
-        assert!(begun.elapsed() < Duration::from_secs(300), "the storm does not end");
+        assert!(begun.elapsed() < Duration::from_mins(5), "the storm does not end");
         let asked = Instant::now();
         assert!(is_whole(&streamed(addr, 5)), "a stream was hurt");
         slowest = slowest.max(asked.elapsed());

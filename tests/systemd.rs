@@ -193,9 +193,11 @@ async fn the_unit_is_ready_when_the_engine_is_reloads_and_stops_clean() {
     // The engine lives in a cgroup of its own, and sglangd where systemd put it.
     let group = status["engine"]["cgroup"].as_str().expect("Delegate=yes").to_owned();
     let inside = here.says(&["cat", &format!("{group}/cgroup.procs")]);
-    assert!(inside.lines().any(|pid| pid == status["engine"]["pid"].to_string()), "{inside}");
+    let main_process = status["engine"]["pid"].to_string();
+    assert!(inside.lines().any(|pid| pid == main_process), "{inside}");
     assert!(group.contains("sglangd.service/sglangd-engine-"), "{group}");
-    assert!(!inside.lines().any(|pid| pid == here.property("MainPID")), "{inside}");
+    let supervisor = here.property("MainPID");
+    assert!(!inside.lines().any(|pid| pid == supervisor), "{inside}");
 
     // Reload: limits go live, the engine stays.
     let engine = status["engine"]["pid"].clone();
