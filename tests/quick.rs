@@ -27,4 +27,6 @@ mod sizing;
 mod stream_faults;
 mod tls_faults;
 mod websocket_faults;
+mod weights_care;
 mod weights_faults;
+mod weights_start;

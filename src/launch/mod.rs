@@ -2,6 +2,7 @@
 //!
 //! It does not decide when: `supervisor::step` does. It knows nothing of the engine's flags or log.
 
+pub mod beside;
 pub mod caches;
 pub mod guard;
 pub mod leftovers;
@@ -11,3 +12,4 @@ pub mod reaper;
 pub mod record;
 pub mod spawner;
 pub mod tree;
+pub mod warm;

@@ -30,6 +30,9 @@ pub struct Status {
     pub proxy: ProxyStatus,
     /// Progress of the weights, while they are fetched.
     pub weights: Option<WeightsStatus>,
+    /// How much of the weights was read into memory ahead of the engine, while that is done.
+    #[serde(default)]
+    pub read_ahead: Option<ReadAhead>,
     pub listen: Listening,
     /// What is not as it should be, though it works.
     pub warnings: Vec<String>,
@@ -133,6 +136,13 @@ pub struct WeightsStatus {
     pub rate: u64,
     /// Nothing has come for a while.
     pub stalled: bool,
+}
+
+/// Bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadAhead {
+    pub done: u64,
+    pub total: u64,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

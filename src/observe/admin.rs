@@ -149,6 +149,16 @@ fn own(status: &Status) -> String {
     if let Some(weights) = &status.weights {
         gauge("sglangd_weights_bytes", "Bytes of the weights that are there.", &[], weights.done as f64);
         gauge("sglangd_weights_total_bytes", "Bytes of the weights in all.", &[], weights.total as f64);
+        gauge("sglangd_weights_files", "Files of the weights.", &[], weights.files as f64);
+        gauge("sglangd_weights_bytes_per_second", "At which the weights arrive.", &[], weights.rate as f64);
+        let stalled = f64::from(u8::from(weights.stalled));
+        gauge("sglangd_weights_stalled", "1 while no byte of the weights arrives.", &[], stalled);
+    }
+    if let Some(ahead) = &status.read_ahead {
+        let help = "Bytes of the weights read into memory ahead of the engine.";
+        gauge("sglangd_weights_read_ahead_bytes", help, &[], ahead.done as f64);
+        let help = "Bytes of the weights that are being read into memory ahead of the engine.";
+        gauge("sglangd_weights_read_ahead_total_bytes", help, &[], ahead.total as f64);
     }
     let counter = |name: &str, help: &str, value: u64| {
         let counter = IntCounter::new(name, help).expect("names below are valid");

@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::acquire::{Acquired, Means};
+use super::ahead::Reading;
 use super::cause::Cause;
 use super::fetcher::Current;
 use super::half::{Half, HalfView, Orders};
@@ -34,13 +35,15 @@ use crate::engine::remarks::Expected;
 use crate::exit::Exit;
 use crate::health::loads::Figures;
 use crate::health::probe::Pulse;
+use crate::launch::beside::Beside;
 use crate::launch::guard::Guarded;
 use crate::launch::output::Said;
 use crate::launch::spawner::Spawner;
-use crate::link::status::{Listening, RankStatus, Status, WeightsStatus};
+use crate::link::status::{Listening, RankStatus, ReadAhead, Status, WeightsStatus};
 use crate::link::{EngineView, ProxySettings};
 use crate::shutdown::{Signals, Wish};
 use crate::weights::Progress;
+use crate::weights::ahead::Ahead;
 
 /// Results of the driver's own tasks: one of each kind at a time.
 const REPORTS: usize = 32;
@@ -80,6 +83,7 @@ enum Turn {
     Said(Said),
     Step(Progress),
     Phase(String),
+    Ahead(Ahead),
     Traffic,
     Due,
     Beat,
@@ -150,7 +154,15 @@ pub struct Driver {
     phasing: mpsc::Receiver<String>,
 
     current: Current,
+    /// Imports ahead of the engine while weights are fetched.
+    warming: Beside,
+    /// Reads shards ahead of the engine while it imports.
+    reading: Option<Reading>,
+    read_ahead: Option<ReadAhead>,
+    ahead: mpsc::Sender<Ahead>,
+    hearing_ahead: mpsc::Receiver<Ahead>,
     stuck: Stuck,
+    acquiring: Option<tokio::task::JoinHandle<()>>,
     acquired: Option<Acquired>,
     preparing: Option<tokio::task::JoinHandle<()>>,
     prepared: Option<Box<Prepared>>,
@@ -182,6 +194,7 @@ impl Driver {
         let (said, hearing) = mpsc::channel(FACTS);
         let (steps, downloading) = mpsc::channel(STEPS);
         let (phases, phasing) = mpsc::channel(STEPS);
+        let (ahead, hearing_ahead) = mpsc::channel(STEPS);
         let means = Means { loaded, folders, own_env: own_env.clone(), inspect_arguments };
 
         let facts = Facts {
@@ -200,6 +213,7 @@ impl Driver {
             last_exit: None,
             snapshots: &[],
             weights: None,
+            read_ahead: None,
             half: &HalfView::default(),
             listen: &listen,
             warnings: &warnings,
@@ -245,6 +259,12 @@ impl Driver {
             phases,
             phasing,
             current: Current::default(),
+            warming: Beside::default(),
+            reading: None,
+            read_ahead: None,
+            ahead,
+            hearing_ahead,
+            acquiring: None,
             stuck: Arc::new(Mutex::new(String::new())),
             acquired: None,
             preparing: None,
@@ -292,6 +312,7 @@ impl Driver {
                 Some(said) = self.hearing.recv() => Turn::Said(said),
                 Some(step) = self.downloading.recv() => Turn::Step(step),
                 Some(phase) = self.phasing.recv() => Turn::Phase(phase),
+                Some(ahead) = self.hearing_ahead.recv() => Turn::Ahead(ahead),
                 Ok(()) = self.half_view.changed() => Turn::Traffic,
                 () = sleep_until(due) => Turn::Due,
                 _ = beat.tick() => Turn::Beat,
@@ -303,6 +324,7 @@ impl Driver {
                 Turn::Said(said) => self.heard(said).await,
                 Turn::Step(step) => self.downloaded(&step),
                 Turn::Phase(phase) => self.loading.named(phase),
+                Turn::Ahead(ahead) => self.read_ahead_is(ahead),
                 Turn::Traffic => self.traffic_changed().await,
                 Turn::Due => self.on(Event::Tick).await,
                 Turn::Beat => self.beat().await,
@@ -326,6 +348,9 @@ impl Driver {
 
     /// What belongs to a state from its first moment.
     fn entered(&mut self) {
+        if !matches!(self.machine.state, State::Launching | State::Loading { .. }) {
+            self.stop_reading_ahead();
+        }
         match self.machine.state {
             State::Fetching | State::Preparing => {
                 self.loading = Loading::default();

@@ -3,6 +3,7 @@
 //! `step` decides (pure); `driver` carries out and reports back (the only async file).
 
 pub mod acquire;
+pub mod ahead;
 pub mod autopsy;
 pub mod cause;
 pub mod driver;

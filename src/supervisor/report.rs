@@ -13,7 +13,8 @@ use super::step::{Machine, State};
 use crate::config::{Config, ModelSource};
 use crate::engine::remarks::Remark;
 use crate::link::status::{
-    EngineStatus, Listening, ModelStatus, ProxyStatus, RankStatus, RemarkStatus, Requests, Status, WeightsStatus,
+    EngineStatus, Listening, ModelStatus, ProxyStatus, RankStatus, ReadAhead, RemarkStatus, Requests, Status,
+    WeightsStatus,
 };
 use crate::link::{EngineState, EngineView};
 use crate::weights::Snapshot;
@@ -53,6 +54,7 @@ pub struct Facts<'a> {
     pub last_exit: Option<&'a str>,
     pub snapshots: &'a [Snapshot],
     pub weights: Option<&'a WeightsStatus>,
+    pub read_ahead: Option<ReadAhead>,
     pub half: &'a HalfView,
     pub listen: &'a Listening,
     pub warnings: &'a [String],
@@ -166,6 +168,7 @@ impl Facts<'_> {
             },
             proxy: ProxyStatus { pid: self.half.pid, restarts: self.half.restarts },
             weights: self.weights.cloned(),
+            read_ahead: self.read_ahead,
             // TLS can be switched by a reload, an address cannot.
             listen: Listening { tls: self.config.listen.tls.is_some(), ..self.listen.clone() },
             warnings: (self.warnings.iter().chain(&self.half.warnings).chain(&self.half.refused))

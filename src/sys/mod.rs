@@ -4,6 +4,7 @@
 
 pub mod end;
 pub mod fd;
+pub mod priority;
 pub mod proc;
 pub mod seccomp;
 pub mod spawn;

@@ -5,11 +5,14 @@ use std::sync::Arc;
 use rand::Rng;
 
 use super::{Driver, Report};
+use crate::config::Prefetch;
 use crate::engine::death::Reached;
 use crate::exit::Exit;
 use crate::health::probe::{self, Pulse};
+use crate::launch::beside::Beside;
 use crate::launch::record::Record;
 use crate::supervisor::acquire::acquire;
+use crate::supervisor::ahead::{Order, Reading, reads_files};
 use crate::supervisor::autopsy::{self, Found, Judged};
 use crate::supervisor::cause::Cause;
 use crate::supervisor::loading::{Loading, Memory};
@@ -61,10 +64,13 @@ impl Driver {
         self.loading = Loading::default();
         let (means, spawner, current) = (self.means.clone(), self.spawner.clone(), self.current.clone());
         let (steps, phases, reports) = (self.steps.clone(), self.phases.clone(), self.reports.clone());
-        tokio::spawn(async move {
-            let acquired = acquire(&means, &spawner, &current, &steps, &phases).await;
+        self.warming = Beside::default();
+        let warming = self.warming.clone();
+        current.begin();
+        self.acquiring = Some(tokio::spawn(async move {
+            let acquired = acquire(&means, &spawner, &current, &warming, &steps, &phases).await;
             let _ = reports.send(Report::Acquired(acquired)).await;
-        });
+        }));
     }
 
     fn prepare(&mut self) {
@@ -118,6 +124,7 @@ impl Driver {
                 let memory = Memory::of(&self.means.folders.state, &engine.spec);
                 self.loading.launched(self.config().engine.tp, memory);
                 self.engine = Some(engine);
+                self.read_ahead();
                 Box::pin(self.on(Event::Launched)).await;
             }
             Err(error) => {
@@ -126,6 +133,29 @@ impl Driver {
                 self.blame(cause);
                 Box::pin(self.on(event)).await;
             }
+        }
+    }
+
+    /// While the engine imports, the disk has nothing to do.
+    fn read_ahead(&mut self) {
+        let config = self.config();
+        let Some(acquired) = &self.acquired else { return };
+        if config.weights.prefetch == Prefetch::Never || !reads_files(acquired.resolved.load_format.as_deref()) {
+            return;
+        }
+        let order = Order {
+            folders: acquired.folders.clone(),
+            prefetch: config.weights.prefetch,
+            env: super::tell::proxy_env(&self.means.own_env, config),
+        };
+        self.reading = Some(Reading::start(order, self.spawner.clone(), self.ahead.clone()));
+    }
+
+    /// The engine has its weights, or is gone.
+    pub(super) fn stop_reading_ahead(&mut self) {
+        self.read_ahead = None;
+        if let Some(reading) = &mut self.reading {
+            reading.stop();
         }
     }
 
@@ -196,13 +226,22 @@ impl Driver {
             prepared.leftovers.sweep();
         }
         let (current, stuck, reports) = (self.current.clone(), Arc::clone(&self.stuck), self.reports.clone());
-        let preparing = self.preparing.take();
+        let (preparing, acquiring) = (self.preparing.take(), self.acquiring.take());
+        let (warming, reading) = (self.warming.clone(), self.reading.take());
         tokio::spawn(async move {
             // What it is just making would be left behind; its report, before ours, has it removed.
             if let Some(preparing) = preparing {
                 let _ = preparing.await;
             }
             end.run(current, stuck).await;
+            // It ends with its child, and only then nothing more is started.
+            if let Some(acquiring) = acquiring {
+                let _ = acquiring.await;
+            }
+            warming.end().await;
+            if let Some(reading) = reading {
+                reading.end().await;
+            }
             let _ = reports.send(Report::TreeEmpty).await;
         });
     }

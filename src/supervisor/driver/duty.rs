@@ -1,14 +1,17 @@
 //! What the driver does with news from outside, and by itself each second.
 
 use super::{Driver, Event, Report, State};
+use crate::engine::death::Reached;
 use crate::engine::log::{Fact, Signature};
 use crate::engine::remarks::Expected;
 use crate::health::watch::Sign;
 use crate::launch::output::Said;
-use crate::link::status::WeightsStatus;
+use crate::link::status::{ReadAhead, WeightsStatus};
+use crate::supervisor::ahead::{Reading, told};
 use crate::supervisor::autopsy::Judged;
 use crate::supervisor::loading::News;
 use crate::supervisor::running::Notice;
+use crate::weights::ahead::Ahead;
 use crate::weights::{Pace, Progress};
 
 /// How the warning about what a reload could not make live begins.
@@ -88,6 +91,23 @@ impl Driver {
         if self.loading.heard(&said) == News::Further {
             self.systemd.progressed();
             self.on(Event::Progressed).await;
+            if self.loading.reached() >= Reached::Loaded {
+                self.stop_reading_ahead();
+            }
+        }
+    }
+
+    /// What it says after its end was asked for is no news.
+    pub(super) fn read_ahead_is(&mut self, ahead: Ahead) {
+        let over = self.reading.as_ref().is_none_or(Reading::is_over);
+        match ahead {
+            Ahead::Reading { done, total } if !over => self.read_ahead = Some(ReadAhead { done, total }),
+            Ahead::Reading { .. } => {}
+            Ahead::Done(outcome) => {
+                self.read_ahead = None;
+                let told = told(&outcome);
+                if outcome.failed.is_empty() { tracing::info!("{told}") } else { self.warn(&told) }
+            }
         }
     }
 
@@ -109,7 +129,7 @@ impl Driver {
                 weights.stalled = *pace == Pace::Stalled;
                 self.loading.fetching(*pace, *eta_seconds);
             }
-            Progress::Verifying { file, .. } => self.loading.named(format!("verifying {file}")),
+            Progress::Verifying { done, total, file } => self.loading.verifying(file, *done, *total),
             Progress::Waiting { file, holder } => {
                 self.loading.named(format!("waiting for {holder}, who fetches {file}"));
             }

@@ -26,6 +26,7 @@ impl Driver {
             last_exit: self.last_exit.as_deref(),
             snapshots: self.acquired.as_ref().map_or(&[], |a| &a.snapshots),
             weights: self.weights.as_ref(),
+            read_ahead: self.read_ahead,
             half: &half,
             listen: &self.listen,
             warnings: &self.warnings,
