@@ -22,7 +22,7 @@ use crate::launch::spawner::{self, MainThread};
 use crate::link::status::Listening;
 use crate::observe::{admin, logging};
 use crate::shutdown::Signals;
-use crate::supervisor::driver::{Driver, Outside, Reload, exit_of};
+use crate::supervisor::driver::{Driver, Outlook, Outside, Reload, exit_of};
 use crate::sys::spawn::{ParentDeath, Spec, Stream};
 use bind::Bound;
 
@@ -166,8 +166,8 @@ impl Supervisor {
             })),
         };
         let (driver, outlook) = Driver::new(outside);
-        let routes =
-            admin::routes(admin::Sources { status: outlook.status, engine: outlook.engine, half: outlook.half });
+        let Outlook { status, engine, settings, half } = outlook;
+        let routes = admin::routes(admin::Sources { status, engine, settings, half });
         admin_listener.set_nonblocking(true)?;
         tokio::spawn(admin::serve_tcp(tokio::net::TcpListener::from_std(admin_listener)?, routes.clone()));
         tokio::spawn(admin::serve_unix(tokio::net::UnixListener::from_std(admin_socket)?, routes));
