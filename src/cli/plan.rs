@@ -207,7 +207,8 @@ pub fn run(args: PlanArgs) -> Exit {
     let mut exit = Exit::Ok;
     if args.check {
         let words = &spec.argv[loaded.config.engine.command.len()..];
-        let answer = no_engine.clone().map_or_else(|| check(&loaded.config.engine, words, &spec.yaml, INSPECT_LIMIT), Err);
+        let answer =
+            no_engine.clone().map_or_else(|| check(&loaded.config.engine, words, &spec.yaml, INSPECT_LIMIT), Err);
         if matches!(answer, Ok(Answer::Refused(_)) | Err(_)) {
             exit = Exit::Config;
         }
