@@ -44,6 +44,8 @@ pub enum EngineState {
     Reaping,
     Releasing,
     Unkillable,
+    /// Somebody else holds the GPUs.
+    Occupied,
     Backoff,
     GaveUp,
     Stopped,
@@ -66,6 +68,7 @@ impl EngineState {
             Self::Reaping => "reaping",
             Self::Releasing => "releasing",
             Self::Unkillable => "unkillable",
+            Self::Occupied => "occupied",
             Self::Backoff => "backoff",
             Self::GaveUp => "gave_up",
             Self::Stopped => "stopped",
@@ -82,9 +85,10 @@ impl EngineState {
 }
 
 /// Whether requests may pass to the engine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Gate {
     Open,
+    #[default]
     Closed,
 }
 
@@ -297,6 +301,9 @@ pub struct Traffic {
     pub room: usize,
     /// What the engine last said of itself; none: it was not asked, or does not tell.
     pub engine: Option<EngineLoad>,
+    /// No request is let through to the engine at present.
+    #[serde(default)]
+    pub closed: bool,
 }
 
 /// The engine's own figures (`/v1/loads`), over all its ranks.

@@ -313,6 +313,7 @@ impl Shared {
             upstream_errors: sum(|w| &w.upstream_errors),
             room: counts.room,
             engine: self.loads.seen(),
+            closed: counts.gate == Gate::Closed,
         }
     }
 
