@@ -43,6 +43,8 @@ pub struct Counts {
     pub waiting: usize,
     /// Places that may be held at present.
     pub room: usize,
+    /// Whether places are given out at all.
+    pub gate: Gate,
 }
 
 #[derive(Debug)]
@@ -96,7 +98,12 @@ impl Admission {
 
     pub fn counts(&self) -> Counts {
         let inner = self.lock();
-        Counts { open: inner.queue.open(), waiting: inner.queue.waiting(), room: inner.queue.room() }
+        Counts {
+            open: inner.queue.open(),
+            waiting: inner.queue.waiting(),
+            room: inner.queue.room(),
+            gate: inner.queue.gate(),
+        }
     }
 
     /// Keys that hold places or wait: places and waiters of each.
@@ -354,10 +361,10 @@ mod tests {
         let held = enter(&admission).await.unwrap();
         let waiting = tokio::spawn(enter(&admission));
         tokio::task::yield_now().await;
-        assert_eq!(admission.counts(), Counts { open: 1, waiting: 1, room: 1 });
+        assert_eq!(admission.counts(), Counts { open: 1, waiting: 1, room: 1, gate: Gate::Open });
         drop(held);
         let ticket = waiting.await.unwrap().unwrap();
-        assert_eq!(admission.counts(), Counts { open: 1, waiting: 0, room: 1 });
+        assert_eq!(admission.counts(), Counts { open: 1, waiting: 0, room: 1, gate: Gate::Open });
         drop(ticket);
         assert_eq!(admission.counts().open, 0);
     }

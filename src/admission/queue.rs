@@ -200,6 +200,10 @@ impl Queue {
         Some(id)
     }
 
+    pub fn gate(&self) -> Gate {
+        self.gate
+    }
+
     pub fn set_gate(&mut self, gate: Gate) {
         self.gate = gate;
     }

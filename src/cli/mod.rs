@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 pub use crate::exit;
+pub mod bundle;
 mod certificate;
 pub mod fetch;
 pub mod guard;
@@ -13,6 +14,7 @@ pub mod probe;
 pub mod proxy;
 mod public_socket;
 pub mod read_ahead;
+pub mod restart_engine;
 pub mod serve;
 pub mod simulate;
 pub mod status;
@@ -46,6 +48,10 @@ pub enum Command {
     Probe(probe::ProbeArgs),
     /// Show what a running sglangd is doing.
     Status(status::StatusArgs),
+    /// Write down all that can be known of the engine now, and say where it lies.
+    Bundle(bundle::BundleArgs),
+    /// Replace the engine with a fresh one: open answers end, new requests wait. Leaves `gave_up` too.
+    RestartEngine(restart_engine::RestartArgs),
     /// Add, list and remove API keys.
     Keys(keys::KeysArgs),
     /// Only the reverse proxy, in front of an engine that somebody else runs.
@@ -165,6 +171,8 @@ pub fn run(cli: Cli) -> Exit {
         Command::Fetch(args) => fetch::run(args),
         Command::Probe(args) => probe::run(args),
         Command::Status(args) => status::run(args),
+        Command::Bundle(args) => bundle::run(args),
+        Command::RestartEngine(args) => restart_engine::run(args),
         Command::Keys(args) => keys::run(args),
         Command::Proxy(args) => proxy::run(args),
         Command::Simulate(args) => simulate::run(args),

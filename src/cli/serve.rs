@@ -20,9 +20,9 @@ use crate::engine::resolve::resolve;
 use crate::launch::guard::Guarded;
 use crate::launch::spawner::{self, MainThread};
 use crate::link::status::Listening;
-use crate::observe::{admin, logging};
+use crate::observe::{admin, bundle, logging};
 use crate::shutdown::Signals;
-use crate::supervisor::driver::{Driver, Outside, Reload, exit_of};
+use crate::supervisor::driver::{Driver, Outlook, Outside, Reload, exit_of};
 use crate::sys::spawn::{ParentDeath, Spec, Stream};
 use bind::Bound;
 
@@ -83,6 +83,23 @@ pub fn run(mut args: ServeArgs) -> Exit {
         tracing::warn!("{warning}");
     }
     greet(&loaded, &bound);
+    if let Some(panic) = bundle::last_panic(&folders.state) {
+        tracing::warn!("sglangd itself broke down in an earlier run; its last words are in {}", panic.display());
+    }
+    bundle::keep_panics(&folders.state);
+    if std::process::id() == 1 {
+        tracing::info!(
+            "as PID 1 of a container: its runtime must give more than {} s to stop (podman stop -t, \
+             terminationGracePeriodSeconds), or it cuts what shutdown.grace promises",
+            loaded.config.shutdown.grace.as_secs()
+        );
+    }
+    if !crate::sys::proc::is_there() {
+        tracing::warn!(
+            "there is no /proc: ranks have no names, a dead one is not noticed by itself, and of the engine's processes only \
+             its group and its cgroup are ended"
+        );
+    }
     let (own, main_thread) = spawner::pair();
     let supervisor = Supervisor { loaded, folders, sources, inspect_arguments, bound, spawner: own };
     supervise(supervisor, main_thread)
@@ -166,11 +183,13 @@ impl Supervisor {
             })),
         };
         let (driver, outlook) = Driver::new(outside);
-        let routes =
-            admin::routes(admin::Sources { status: outlook.status, engine: outlook.engine, half: outlook.half });
+        let Outlook { status, engine, settings, half, orders } = outlook;
+        let routes = admin::routes(admin::Sources { status, engine, settings, half });
         admin_listener.set_nonblocking(true)?;
-        tokio::spawn(admin::serve_tcp(tokio::net::TcpListener::from_std(admin_listener)?, routes.clone()));
-        tokio::spawn(admin::serve_unix(tokio::net::UnixListener::from_std(admin_socket)?, routes));
+        let looking = admin::without_orders(routes.clone());
+        tokio::spawn(admin::serve_tcp(tokio::net::TcpListener::from_std(admin_listener)?, looking));
+        let acting = admin::with_orders(routes, orders);
+        tokio::spawn(admin::serve_unix(tokio::net::UnixListener::from_std(admin_socket)?, acting));
         let code = driver.run().await;
         // The names go before the lock: whoever comes next makes its own.
         let _ = std::fs::remove_file(&socket_path);

@@ -75,7 +75,16 @@ pub const KEYS: &[Key] = &[
     scalar("limits.hold", "0s", "a duration, like 30s"),
     scalar("limits.max_body", "64MiB", "a size, like 64MiB"),
     scalar("limits.workers", "auto", "`auto` or a number from 1 to 1024"),
+    scalar("limits.connections", "auto", "`auto` or a number from 16 to 1000000"),
+    scalar("limits.connections_per_peer", "off", "`off` or a number from 1 to 1000000"),
+    Key {
+        path: "limits.routes",
+        shape: Shape::Words,
+        default: Some("[]"),
+        is: "a list of paths: [/server_info, -/generate]",
+    },
     unset("auth.keys_file", "a file of API keys"),
+    Key { path: "auth.routes", shape: Shape::Words, default: Some("[]"), is: "a list of paths: [-/v1/models]" },
     scalar("start.stall", "10min", "a duration, like 10min"),
     scalar("start.limit", "3h", "a duration, like 3h"),
     scalar("health.probe_interval", "30s", "a duration, like 30s"),
@@ -87,7 +96,7 @@ pub const KEYS: &[Key] = &[
     scalar("restart.backoff_max", "60s", "a duration, like 60s"),
     scalar("restart.on_give_up", "serve", "`serve` or `exit`"),
     scalar("shutdown.grace", "25s", "a duration, like 25s"),
-    scalar("observe.log", "text", "`text` or `json`"),
+    scalar("observe.log", "text", "`text`, `json` or `journald`"),
     scalar("observe.level", "info", "a filter: info, debug, or sglangd=debug,warn"),
 ];
 

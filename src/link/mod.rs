@@ -6,6 +6,7 @@
 //!
 //! This module does not know what either side does with a message.
 
+pub mod routes;
 pub mod status;
 mod wire;
 
@@ -43,6 +44,8 @@ pub enum EngineState {
     Reaping,
     Releasing,
     Unkillable,
+    /// Somebody else holds the GPUs.
+    Occupied,
     Backoff,
     GaveUp,
     Stopped,
@@ -65,6 +68,7 @@ impl EngineState {
             Self::Reaping => "reaping",
             Self::Releasing => "releasing",
             Self::Unkillable => "unkillable",
+            Self::Occupied => "occupied",
             Self::Backoff => "backoff",
             Self::GaveUp => "gave_up",
             Self::Stopped => "stopped",
@@ -81,9 +85,10 @@ impl EngineState {
 }
 
 /// Whether requests may pass to the engine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Gate {
     Open,
+    #[default]
     Closed,
 }
 
@@ -117,6 +122,10 @@ pub struct Upstream {
     pub addr: SocketAddr,
     /// Sent to the engine as `Authorization: Bearer`; never shown to anybody.
     pub api_key: Option<String>,
+    /// Opens the engine's operator routes. It stays with the supervisor: the proxy parses what
+    /// strangers send, and never learns it.
+    #[serde(skip)]
+    pub admin_key: Option<String>,
 }
 
 impl std::fmt::Debug for Upstream {
@@ -144,6 +153,18 @@ pub struct ProxySettings {
     pub keys_file: Option<PathBuf>,
     /// Worker threads.
     pub workers: usize,
+    /// Clients' connections that may be open; none: as many as descriptors allow.
+    #[serde(default)]
+    pub connections: Option<usize>,
+    /// Of one client's address; none: any number.
+    #[serde(default)]
+    pub connections_per_peer: Option<usize>,
+    /// Routes beside the usual ones, and those that are closed.
+    #[serde(default)]
+    pub routes: Vec<routes::Rule>,
+    /// Routes that ask for a key though they usually do not, and those that do not though they do.
+    #[serde(default)]
+    pub auth_routes: Vec<routes::Rule>,
     /// What comes under HTTP on the public side.
     pub listen: ListenSettings,
 }
@@ -280,6 +301,9 @@ pub struct Traffic {
     pub room: usize,
     /// What the engine last said of itself; none: it was not asked, or does not tell.
     pub engine: Option<EngineLoad>,
+    /// No request is let through to the engine at present.
+    #[serde(default)]
+    pub closed: bool,
 }
 
 /// The engine's own figures (`/v1/loads`), over all its ranks.

@@ -74,6 +74,12 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
                         if let Some(listeners) = unheard.take() {
                             proxy.listen(listeners)?;
                         }
+                        // At once, for a supervisor that waits for the last answer of an engine it replaces.
+                        let traffic = proxy.traffic();
+                        if sent.is_some_and(|sent| sent.closed != traffic.closed) {
+                            up.send(&Up::Traffic(traffic)).await?;
+                            (sent, sent_at) = (Some(traffic), Instant::now());
+                        }
                     }
                     Down::Drain => {
                         proxy.drain();

@@ -1,6 +1,6 @@
 //! What is told to the world after each step: `GET /status`, the proxy's view of the engine, systemd.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -13,8 +13,8 @@ use super::step::{Machine, State};
 use crate::config::{Config, ModelSource};
 use crate::engine::remarks::Remark;
 use crate::link::status::{
-    EngineStatus, Listening, ModelStatus, ProxyStatus, RankStatus, ReadAhead, RemarkStatus, Requests, Status,
-    WeightsStatus,
+    EngineStatus, GpuStatus, Listening, ModelStatus, ProxyStatus, RankStatus, ReadAhead, RemarkStatus, Requests,
+    Status, WeightsStatus,
 };
 use crate::link::{EngineState, EngineView};
 use crate::weights::Snapshot;
@@ -59,6 +59,10 @@ pub struct Facts<'a> {
     pub listen: &'a Listening,
     pub warnings: &'a [String],
     pub uptime: Duration,
+    pub gpus: &'a [GpuStatus],
+    /// Who holds memory that the next engine needs, as a sentence.
+    pub in_the_way: &'a str,
+    pub bundle: Option<&'a Path>,
     pub suspicion: Option<&'a Suspicion>,
     pub suspicions: u64,
     pub remarks: &'a [Remark],
@@ -68,11 +72,12 @@ pub struct Facts<'a> {
 ///
 /// The machine waits in one state from the fork to readiness; people are told apart the part in which the
 /// engine's processes import from the one in which they load.
-fn public_state(machine: &Machine, importing: bool) -> EngineState {
+pub(super) fn public_state(machine: &Machine, importing: bool) -> EngineState {
     match &machine.state {
         State::Loading { .. } if importing => EngineState::Launching,
         State::Fetching => EngineState::Fetching,
-        State::Preparing => EngineState::Preparing,
+        State::Preparing | State::Claiming { .. } => EngineState::Preparing,
+        State::Occupied => EngineState::Occupied,
         State::Launching => EngineState::Launching,
         State::Loading { .. } => EngineState::Loading,
         State::Ready => EngineState::Ready,
@@ -99,10 +104,12 @@ impl Facts<'_> {
                     self.stuck
                 )
             }
-            State::Draining { .. } | State::Stopping { .. } | State::Stopped { .. } if self.machine.stopping() => {
-                "sglangd is stopping.".into()
-            }
             _ if self.machine.stopping() => "sglangd is stopping.".into(),
+            State::Claiming { .. } | State::Occupied | State::Releasing { .. } if !self.in_the_way.is_empty() => {
+                self.in_the_way.to_owned()
+            }
+            State::Occupied => "The GPUs are not free. No engine is started until they are.".into(),
+            State::Draining { .. } | State::Stopping { .. } => "The engine is being restarted, as told.".into(),
             _ => self.cause.map(|cause| cause.sentence.clone()).unwrap_or_default(),
         }
     }
@@ -112,6 +119,10 @@ impl Facts<'_> {
             State::Ready | State::Busy => String::new(),
             State::Unkillable { .. } => {
                 "They hang in the kernel, mostly in a driver: the node needs a look, then a reboot.".into()
+            }
+            State::Claiming { .. } | State::Occupied if !self.in_the_way.is_empty() => {
+                "End what holds the memory, or lower `mem-fraction-static`; the engine starts by itself once there is room."
+                    .into()
             }
             _ => self.cause.map(|cause| cause.advice.clone()).unwrap_or_default(),
         }
@@ -151,6 +162,7 @@ impl Facts<'_> {
                 command: self.config.engine.command.clone(),
                 port: self.engine.map(|e| e.upstream.addr.port()),
                 ranks: self.ranks.to_vec(),
+                cgroup: self.engine.and_then(|e| e.tree.cgroup.clone()),
                 suspected_seconds: self.suspicion.map(|s| s.silence.as_secs()),
                 suspicion: self.suspicion.map(|s| s.why.clone()).unwrap_or_default(),
                 suspected_total: self.suspicions,
@@ -168,6 +180,8 @@ impl Facts<'_> {
             },
             proxy: ProxyStatus { pid: self.half.pid, restarts: self.half.restarts },
             weights: self.weights.cloned(),
+            gpus: self.gpus.to_vec(),
+            bundle: self.bundle.map(Path::to_owned),
             read_ahead: self.read_ahead,
             // TLS can be switched by a reload, an address cannot.
             listen: Listening { tls: self.config.listen.tls.is_some(), ..self.listen.clone() },
@@ -185,11 +199,19 @@ impl Facts<'_> {
     pub fn view(&self) -> EngineView {
         let state = public_state(self.machine, self.importing);
         let will_return = !self.machine.stopping()
-            && !matches!(state, EngineState::GaveUp | EngineState::Stopped | EngineState::Unkillable);
+            && !matches!(
+                state,
+                EngineState::GaveUp | EngineState::Stopped | EngineState::Unkillable | EngineState::Occupied
+            );
         let hold = match (will_return, self.config.limits.hold.is_zero()) {
             (true, false) => self.config.limits.hold,
             // From the first moment of a death, before its cause is known.
-            (true, true) if state == EngineState::Failing => HOLD_OVER_RESTART,
+            (true, true) if matches!(state, EngineState::Failing | EngineState::Draining | EngineState::Stopping) => {
+                HOLD_OVER_RESTART
+            }
+            (true, true) if matches!(self.machine.state, State::Reaping { .. } | State::Releasing { .. }) => {
+                HOLD_OVER_RESTART
+            }
             (true, true) if self.machine.restarts > 0 || self.cause.is_some() => HOLD_OVER_RESTART,
             (true | false, _) => Duration::ZERO,
         };

@@ -3,54 +3,53 @@
 //! ```text
 //!              ┌────────────────── Stop, from any state ──────────────────┐
 //!              │ (loading or earlier: straight to Reaping)                 ▼
-//! Fetching ─► Preparing ─► Launching ─► Loading ─► Ready ◄─► Busy ──► Draining ─► Stopping
-//!   │  ▲         │            │            │         │         │                     │
-//!   │  │         │            │            └────► Failing ◄────┘                     │
-//!   │  │         │            │                     │                                ▼
-//!   │  │         │            └─────────────────────┴───────────────────────────► Reaping ─► Unkillable
-//!   │  │         │                                                                   │          │
-//!   │  └─────────┴──── Backoff ◄── retry ──── Releasing ◄────────────────────────────┴──────────┘
+//! Fetching ─► Preparing ─► Claiming ─► Launching ─► Loading ─► Ready ◄─► Busy ──► Draining ─► Stopping
+//!   │  ▲         │          │     ▲        │           │         │         │                     │
+//!   │  │         │          ▼     │        │           └────► Failing ◄────┘                     │
+//!   │  │         │        Occupied┘        │                     │                               ▼
+//!   │  │         │                         └─────────────────────┴──────────────────────────► Reaping ─► Unkillable
+//!   │  │         │                                                                              │          │
+//!   │  └─────────┴──── Backoff ◄── retry ──── Releasing ◄───────────────────────────────────────┴──────────┘
 //!   │                     ▲                       ├─ stop ─► Stopped
 //!   └── fails ────────────┘──── no use ─► GaveUp ◄┘
 //! ```
 //!
-//! `Reaping` ends only when the engine's whole process tree is gone, `Releasing` only when its GPUs
-//! are free: there is never a second engine beside a first one. Nothing here knows of processes,
-//! sockets or clocks: times come in as [`Millis`], wishes go out as [`Action`]s.
+//! Every edge, as a test holds them against the reachable ones:
+//!
+//! ```text
+//! Fetching   ─► Preparing Backoff GaveUp Reaping Stopped
+//! Preparing  ─► Claiming Backoff GaveUp Reaping Stopped
+//! Claiming   ─► Launching Occupied Reaping
+//! Occupied   ─► Launching Reaping
+//! Launching  ─► Loading Failing Reaping
+//! Loading    ─► Ready Failing Reaping
+//! Ready      ─► Busy Failing Draining
+//! Busy       ─► Ready Failing Draining
+//! Failing    ─► Reaping
+//! Draining   ─► Stopping Reaping
+//! Stopping   ─► Reaping
+//! Reaping    ─► Releasing Unkillable Stopped
+//! Unkillable ─► Releasing Stopped
+//! Releasing  ─► Backoff Fetching GaveUp Stopped
+//! Backoff    ─► Fetching Stopped
+//! GaveUp     ─► Fetching Stopped
+//! ```
+//!
+//! `Reaping` ends only when the engine's whole process tree is gone, and each launch comes out of
+//! `Claiming`, which asks once more whether the GPUs are free: there is never a second engine beside a
+//! first one, and none beside a stranger who holds its memory. That one is waited for in `Occupied`, for as
+//! long as it takes. `Releasing` waits too, but not for ever: what a dead engine's driver does not free
+//! must not keep a stop from ending, and the next launch asks again. An operator's restart lets open
+//! answers end and new requests wait, and counts as no failure. Nothing here knows of processes, sockets
+//! or clocks: times come in as [`Millis`], wishes go out as [`Action`]s.
 
-use std::collections::VecDeque;
-
-/// Monotonic time in milliseconds since some fixed instant.
-pub type Millis = u64;
-
-/// Why a start or an engine ended, as far as the next step depends on it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Failure {
-    /// The class of the cause: two failures of one class "failed the same way".
-    pub class: &'static str,
-    pub retry: Retry,
-    /// The exit code if sglangd is to end because of it.
-    pub exit: u8,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Retry {
-    /// Repeating cannot help: bad flags, missing files, wrong Python.
-    Never,
-    /// It may pass by itself.
-    Backoff,
-}
+pub use super::restart::{EXIT_CRASH_LOOP, Failure, Millis, Retry, SAME_WAY, Terms};
+use super::restart::{Ledger, Next};
 
 /// What may be tuned about restarts and stops, all in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
-    /// Failures within `window` of useful life after which it gives up.
-    pub max_failures: u32,
-    /// Counted in time the engine was ready, not in wall time: an engine that loads for 20 minutes
-    /// and then dies is a crash loop too.
-    pub window: Millis,
-    pub backoff: Millis,
-    pub backoff_max: Millis,
+    pub restart: Terms,
     pub give_up: GiveUp,
     /// From the stop signal to the end of everything.
     pub grace: Millis,
@@ -74,11 +73,9 @@ pub const KILL_BEFORE_END: Millis = 2_000;
 pub const REAP_LIMIT: Millis = 10_000;
 /// The driver collects the last lines of a dead engine within this.
 pub const EXAMINE_LIMIT: Millis = 5_000;
-/// The same class of failure this many times in a row, without a ready engine in between, will
-/// happen a fourth time too.
-pub const SAME_WAY: usize = 3;
-/// Exit code of a crash loop, whatever the single failures were.
-pub const EXIT_CRASH_LOOP: u8 = 75;
+/// A dead engine's GPUs are free some 200 ms after its end (measured); what is held after this long is
+/// somebody else's, or will not be freed by waiting.
+pub const RELEASE_LIMIT: Millis = 20_000;
 /// Exit code when a process could not be ended.
 pub const EXIT_UNKILLABLE: u8 = 70;
 
@@ -88,6 +85,12 @@ pub enum State {
     Fetching,
     /// Flags are checked, the port chosen, files written, leftovers of an earlier run ended.
     Preparing,
+    /// All is prepared; the GPUs are asked whether they are free.
+    Claiming {
+        until: Millis,
+    },
+    /// Somebody holds their memory. Nothing is launched until they are free.
+    Occupied,
     /// The engine's process is being started.
     Launching,
     /// The engine loads. `progress` is when it last got further.
@@ -122,9 +125,10 @@ pub enum State {
     Unkillable {
         then: Then,
     },
-    /// Its GPUs are to be free before anything else happens.
+    /// Its GPUs' memory is to be free before anything else happens, but not for ever.
     Releasing {
         then: Then,
+        until: Millis,
     },
     /// Waiting before the next start.
     Backoff {
@@ -191,6 +195,10 @@ pub enum Event {
     Released {
         roll: u16,
     },
+    /// They are not, and waiting does not help: somebody else holds them. `Released` may still follow.
+    Held {
+        roll: u16,
+    },
     /// SIGTERM or SIGINT; a second one skips the waiting.
     Stop,
     /// An operator wants a fresh engine.
@@ -210,13 +218,15 @@ pub enum Action {
     Examine,
     /// The proxy admits nothing more; `Idle` when nothing is open.
     Drain,
+    /// The proxy keeps what comes waiting for the next engine; `Idle` when nothing is open.
+    Hold,
     /// The proxy ends open streams with an error event.
     CutStreams,
     /// SIGTERM to the engine's main process alone.
     Terminate,
     /// SIGKILL to all of the engine, and to a fetch or a check; `TreeEmpty` when nothing is left.
     Kill,
-    /// Wait for the GPUs' memory; `Released` when it is free.
+    /// Ask whether the GPUs' memory is free, until it is: `Released`, or `Held` first.
     Release,
     /// End the process with this code.
     Exit(u8),
@@ -229,12 +239,7 @@ pub struct Machine {
     pub policy: Policy,
     /// Engines started again since the beginning.
     pub restarts: u32,
-    /// When each failure of the present window happened, on the useful clock.
-    failures: VecDeque<(Millis, Failure)>,
-    /// Time spent ready before the present engine.
-    useful: Millis,
-    /// Since when the present engine is ready.
-    ready_since: Option<Millis>,
+    ledger: Ledger,
     /// When everything must be over, once a stop was asked for.
     stop_by: Option<Millis>,
 }
@@ -242,15 +247,7 @@ pub struct Machine {
 impl Machine {
     /// The machine before its first step, and that step's wishes.
     pub fn start(policy: Policy) -> (Self, Vec<Action>) {
-        let machine = Self {
-            state: State::Fetching,
-            policy,
-            restarts: 0,
-            failures: VecDeque::new(),
-            useful: 0,
-            ready_since: None,
-            stop_by: None,
-        };
+        let machine = Self { state: State::Fetching, policy, restarts: 0, ledger: Ledger::default(), stop_by: None };
         (machine, vec![Action::Fetch])
     }
 
@@ -260,7 +257,11 @@ impl Machine {
             State::Loading { since, progress, .. } => {
                 Some((since + self.policy.start_limit).min(progress + self.policy.start_stall))
             }
-            State::Failing { until } | State::Reaping { until, .. } | State::Backoff { until } => Some(*until),
+            State::Failing { until }
+            | State::Reaping { until, .. }
+            | State::Releasing { until, .. }
+            | State::Claiming { until }
+            | State::Backoff { until } => Some(*until),
             State::Draining { cut_at, .. } => Some(*cut_at),
             State::Stopping { kill_at, .. } => Some(*kill_at),
             State::Unkillable { .. } => self.stop_by,
@@ -270,7 +271,7 @@ impl Machine {
 
     /// Failures that count towards giving up at present.
     pub fn recent_failures(&self) -> usize {
-        self.failures.len()
+        self.ledger.recent()
     }
 
     /// Whether a stop was asked for.
@@ -288,7 +289,14 @@ impl Machine {
             (State::Fetching, Event::FetchFailed(f)) | (State::Preparing, Event::PrepareFailed(f)) => {
                 self.failed(*f, now, 0)
             }
-            (State::Preparing, Event::Prepared) => self.go(State::Launching, &[Action::Launch]),
+            (State::Preparing, Event::Prepared) => {
+                self.go(State::Claiming { until: now + RELEASE_LIMIT }, &[Action::Release])
+            }
+            (State::Claiming { .. } | State::Occupied, Event::Released { .. }) => {
+                self.go(State::Launching, &[Action::Launch])
+            }
+            (State::Claiming { .. }, Event::Held { .. }) => self.go(State::Occupied, &[]),
+            (State::Claiming { until }, Event::Tick) if now >= until => self.go(State::Occupied, &[]),
             (State::Launching, Event::Launched) => {
                 self.go(State::Loading { since: now, progress: now, check: Check::Waiting }, &[])
             }
@@ -300,7 +308,7 @@ impl Machine {
                 self.go(State::Loading { since, progress: now, check: Check::Confirming }, &[Action::Confirm])
             }
             (State::Loading { check: Check::Confirming, .. }, Event::Healthy) => {
-                self.ready_since = Some(now);
+                self.ledger.ready(now);
                 self.go(State::Ready, &[])
             }
             // Not taken for a death: it may be compiling for the first real request. It is asked
@@ -319,16 +327,7 @@ impl Machine {
             (State::Launching | State::Loading { .. } | State::Ready | State::Busy, Event::Exited | Event::Hung) => {
                 self.fail(now)
             }
-            (State::Ready | State::Busy, Event::Restart) => {
-                let end = now + self.policy.grace;
-                self.end_useful_life(now);
-                self.go(State::Draining { cut_at: end.saturating_sub(CUT_BEFORE_END).max(now), end }, &[Action::Drain])
-            }
-            (State::GaveUp { .. }, Event::Restart) => {
-                self.failures.clear();
-                self.restarts += 1;
-                self.go(State::Fetching, &[Action::Fetch])
-            }
+            (_, Event::Restart) if !self.stopping() => self.restart(now),
 
             // Of a launch that failed something may have come to life before.
             (State::Launching, Event::LaunchFailed(f)) | (State::Failing { .. }, Event::Examined(f)) => {
@@ -339,14 +338,16 @@ impl Machine {
             }
 
             (State::Draining { end, .. }, Event::Idle) => self.terminate(end, &[]),
+            // Over a restart the proxy goes on: the engine's end ends what is open, and says so.
             (State::Draining { cut_at, end }, Event::Tick) if now >= cut_at => {
-                self.terminate(end, &[Action::CutStreams])
+                let cut: &[Action] = if self.stopping() { &[Action::CutStreams] } else { &[] };
+                self.terminate(end, cut)
             }
             (State::Draining { .. } | State::Stopping { .. }, Event::Exited) => self.reap(self.after_drain(), now),
             (State::Stopping { kill_at, .. }, Event::Tick) if now >= kill_at => self.reap(self.after_drain(), now),
 
             (State::Reaping { then, .. } | State::Unkillable { then }, Event::TreeEmpty) => {
-                self.go(State::Releasing { then }, &[Action::Release])
+                self.go(State::Releasing { then, until: self.bounded(now, RELEASE_LIMIT) }, &[Action::Release])
             }
             (State::Reaping { then, until }, Event::Tick) if now >= until => match then {
                 Then::Stop { .. } => {
@@ -355,19 +356,12 @@ impl Machine {
                 Then::Retry(_) | Then::Restart => self.go(State::Unkillable { then }, &[]),
             },
 
-            (State::Releasing { then }, Event::Released { roll }) => match then {
-                Then::Stop { exit } => self.go(State::Stopped { exit }, &[Action::Exit(exit)]),
-                Then::Retry(f) => self.failed(f, now, *roll),
-                Then::Restart => {
-                    self.restarts += 1;
-                    self.go(State::Fetching, &[Action::Fetch])
-                }
-            },
-
-            (State::Backoff { until }, Event::Tick) if now >= until => {
-                self.restarts += 1;
-                self.go(State::Fetching, &[Action::Fetch])
+            (State::Releasing { then, .. }, Event::Released { roll } | Event::Held { roll }) => {
+                self.gone(then, now, *roll)
             }
+            (State::Releasing { then, until }, Event::Tick) if now >= until => self.gone(then, now, 0),
+
+            (State::Backoff { until }, Event::Tick) if now >= until => self.again(),
             _ => Vec::new(),
         }
     }
@@ -378,13 +372,51 @@ impl Machine {
     }
 
     fn fail(&mut self, now: Millis) -> Vec<Action> {
-        self.end_useful_life(now);
+        self.ledger.no_longer_ready(now);
         self.go(State::Failing { until: now + EXAMINE_LIMIT }, &[Action::Examine])
     }
 
-    fn end_useful_life(&mut self, now: Millis) {
-        if let Some(since) = self.ready_since.take() {
-            self.useful += now.saturating_sub(since);
+    /// Nothing of the engine is left.
+    fn gone(&mut self, then: Then, now: Millis, roll: u16) -> Vec<Action> {
+        match then {
+            Then::Stop { exit } => self.go(State::Stopped { exit }, &[Action::Exit(exit)]),
+            Then::Retry(failure) => self.failed(failure, now, roll),
+            Then::Restart => self.again(),
+        }
+    }
+
+    fn again(&mut self) -> Vec<Action> {
+        self.restarts += 1;
+        self.go(State::Fetching, &[Action::Fetch])
+    }
+
+    /// An operator wants a fresh engine: what failed before is forgiven, whatever it was.
+    fn restart(&mut self, now: Millis) -> Vec<Action> {
+        match self.state.clone() {
+            State::Ready | State::Busy => {
+                let end = now + self.policy.grace;
+                self.ledger.no_longer_ready(now);
+                self.go(State::Draining { cut_at: end.saturating_sub(CUT_BEFORE_END).max(now), end }, &[Action::Hold])
+            }
+            State::Launching | State::Loading { .. } => self.reap(Then::Restart, now),
+            State::GaveUp { .. } | State::Backoff { .. } => {
+                self.ledger.forgive();
+                self.again()
+            }
+            State::Reaping { then: Then::Retry(_), until } => {
+                self.ledger.forgive();
+                self.go(State::Reaping { then: Then::Restart, until }, &[])
+            }
+            State::Releasing { then: Then::Retry(_), until } => {
+                self.ledger.forgive();
+                self.go(State::Releasing { then: Then::Restart, until }, &[])
+            }
+            State::Unkillable { then: Then::Retry(_) } => {
+                self.ledger.forgive();
+                self.go(State::Unkillable { then: Then::Restart }, &[])
+            }
+            // A fresh one is on its way, or (failing) the next step takes the old one away.
+            _ => Vec::new(),
         }
     }
 
@@ -394,12 +426,15 @@ impl Machine {
     }
 
     fn reap(&mut self, then: Then, now: Millis) -> Vec<Action> {
-        // With a stop on its way the end is near anyway, but never so near that SIGKILL has no time.
-        let until = match self.stop_by {
-            Some(end) => end.max(now + KILL_BEFORE_END).min(now + REAP_LIMIT),
-            None => now + REAP_LIMIT,
-        };
-        self.go(State::Reaping { then, until }, &[Action::Kill])
+        self.go(State::Reaping { then, until: self.bounded(now, REAP_LIMIT) }, &[Action::Kill])
+    }
+
+    /// With a stop on its way the end is near anyway, but never so near that SIGKILL has no time.
+    fn bounded(&self, now: Millis, limit: Millis) -> Millis {
+        match self.stop_by {
+            Some(end) => end.max(now + KILL_BEFORE_END).min(now + limit),
+            None => now + limit,
+        }
     }
 
     fn after_drain(&self) -> Then {
@@ -408,26 +443,11 @@ impl Machine {
 
     /// A start or an engine failed and nothing of it is left: again, or never again?
     fn failed(&mut self, failure: Failure, now: Millis, roll: u16) -> Vec<Action> {
-        let horizon = self.useful.saturating_sub(self.policy.window);
-        if self.useful > self.policy.window {
-            self.failures.retain(|(at, _)| *at >= horizon);
+        match self.ledger.failed(failure, &self.policy.restart, roll) {
+            Next::After(wait) => self.go(State::Backoff { until: now + wait }, &[]),
+            Next::Never(failure) if self.policy.give_up == GiveUp::Serve => self.go(State::GaveUp { failure }, &[]),
+            Next::Never(Failure { exit, .. }) => self.go(State::Stopped { exit }, &[Action::Exit(exit)]),
         }
-        self.failures.push_back((self.useful, failure));
-        let alike = self.failures.iter().rev().take_while(|(at, f)| *at == self.useful && f.class == failure.class);
-        let crash_loop = alike.count() >= SAME_WAY || self.failures.len() >= self.policy.max_failures.max(1) as usize;
-        if failure.retry == Retry::Never || crash_loop {
-            let exit = if failure.retry == Retry::Never { failure.exit } else { EXIT_CRASH_LOOP };
-            let failure = Failure { exit, ..failure };
-            return match self.policy.give_up {
-                GiveUp::Serve => self.go(State::GaveUp { failure }, &[]),
-                GiveUp::Exit => self.go(State::Stopped { exit }, &[Action::Exit(exit)]),
-            };
-        }
-        let doublings = u32::try_from(self.failures.len() - 1).unwrap_or(u32::MAX).min(20);
-        let wait = self.policy.backoff.saturating_mul(1 << doublings).min(self.policy.backoff_max);
-        // Between three quarters and five quarters: nodes that fell together do not rise together.
-        let wait = wait * 3 / 4 + wait * Millis::from(roll.min(999)) / 2_000;
-        self.go(State::Backoff { until: now + wait }, &[])
     }
 
     fn stop(&mut self, now: Millis) -> Vec<Action> {
@@ -438,14 +458,14 @@ impl Machine {
             State::Stopped { .. } => Vec::new(),
             State::GaveUp { .. } | State::Backoff { .. } => self.go(State::Stopped { exit: 0 }, &[Action::Exit(0)]),
             State::Ready | State::Busy if !again => {
-                self.end_useful_life(now);
+                self.ledger.no_longer_ready(now);
                 let cut_at = end.saturating_sub(CUT_BEFORE_END).max(now);
                 self.go(State::Draining { cut_at, end }, &[Action::Drain])
             }
             // An operator's restart was draining: now it is for good, within the stop's own grace.
             State::Draining { .. } if !again => {
                 let cut_at = end.saturating_sub(CUT_BEFORE_END).max(now);
-                self.go(State::Draining { cut_at, end }, &[])
+                self.go(State::Draining { cut_at, end }, &[Action::Drain])
             }
             State::Stopping { .. } if !again => {
                 let kill_at = end.saturating_sub(KILL_BEFORE_END);
@@ -462,11 +482,19 @@ impl Machine {
             State::Unkillable { .. } => {
                 self.go(State::Stopped { exit: EXIT_UNKILLABLE }, &[Action::Exit(EXIT_UNKILLABLE)])
             }
-            State::Releasing { .. } => self.go(State::Releasing { then }, &[]),
-            // Nothing of these is worth waiting for: no answer is open.
-            State::Fetching | State::Preparing | State::Launching | State::Loading { .. } | State::Failing { .. } => {
-                self.reap(then, now)
+            // Nothing lives any more; what is waited for is the node's courtesy.
+            State::Releasing { .. } if again => self.gone(then, now, 0),
+            State::Releasing { until, .. } => {
+                self.go(State::Releasing { then, until: until.min(self.bounded(now, RELEASE_LIMIT)) }, &[])
             }
+            // Nothing of these is worth waiting for: no answer is open.
+            State::Fetching
+            | State::Preparing
+            | State::Claiming { .. }
+            | State::Occupied
+            | State::Launching
+            | State::Loading { .. }
+            | State::Failing { .. } => self.reap(then, now),
         }
     }
 }

@@ -1,14 +1,15 @@
-//! Tests of `step`: its edges, its invariants over every short history, and the cases users feel.
+//! Tests of `step`: the cases users feel, one by one. The whole of it is searched in `search`, driven at
+//! random in `random`, and run with an engine, a node and a clock that are made of numbers in `seeds`; what
+//! must hold in all of them is `shadow`.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+mod random;
+mod search;
+mod shadow;
 
 use super::step::*;
 
 const POLICY: Policy = Policy {
-    max_failures: 5,
-    window: 600_000,
-    backoff: 2_000,
-    backoff_max: 60_000,
+    restart: Terms { max_failures: 5, window: 600_000, backoff: 2_000, backoff_max: 60_000 },
     give_up: GiveUp::Serve,
     grace: 25_000,
     start_stall: 600_000,
@@ -23,6 +24,8 @@ fn name(state: &State) -> &'static str {
     match state {
         State::Fetching => "Fetching",
         State::Preparing => "Preparing",
+        State::Claiming { .. } => "Claiming",
+        State::Occupied => "Occupied",
         State::Launching => "Launching",
         State::Loading { .. } => "Loading",
         State::Ready => "Ready",
@@ -38,6 +41,9 @@ fn name(state: &State) -> &'static str {
         State::Stopped { .. } => "Stopped",
     }
 }
+
+const FREE: Event = Event::Released { roll: 0 };
+const HELD: Event = Event::Held { roll: 0 };
 
 /// A machine and the clock it is driven by.
 struct World {
@@ -69,7 +75,7 @@ impl World {
     }
 
     fn launched(&mut self) -> &mut Self {
-        self.on(Event::Fetched).on(Event::Prepared).on(Event::Launched)
+        self.on(Event::Fetched).on(Event::Prepared).on(FREE).on(Event::Launched)
     }
 
     fn ready(&mut self) -> &mut Self {
@@ -94,6 +100,8 @@ fn a_start_goes_through_every_stage_in_order() {
     w.on(Event::Fetched);
     assert_eq!(w.actions, [Action::Prepare]);
     w.on(Event::Prepared);
+    assert_eq!(w.actions, [Action::Release]);
+    w.on(FREE);
     assert_eq!(w.actions, [Action::Launch]);
     w.on(Event::Launched).on(Event::LooksReady);
     assert_eq!(w.actions, [Action::Confirm]);
@@ -113,7 +121,7 @@ fn stop_drains_then_cuts_then_kills_within_the_grace() {
     w.wait();
     assert_eq!(w.now, 1_000 + 25_000 - 2_000);
     assert_eq!((w.state(), w.actions.as_slice()), ("Reaping", &[Action::Kill][..]));
-    w.on(Event::TreeEmpty).on(Event::Released { roll: 0 });
+    w.on(Event::TreeEmpty).on(FREE);
     assert_eq!(w.actions, [Action::Exit(0)]);
 }
 
@@ -133,15 +141,15 @@ fn j02_a_second_stop_kills_at_once() {
     assert_eq!((w.state(), w.actions.as_slice()), ("Reaping", &[Action::CutStreams, Action::Kill][..]));
     w.on(Event::Stop);
     assert_eq!(w.state(), "Reaping", "a third one makes nothing worse");
-    w.on(Event::TreeEmpty).on(Event::Released { roll: 0 });
+    w.on(Event::TreeEmpty).on(FREE);
     assert_eq!(w.actions, [Action::Exit(0)]);
 }
 
 #[test]
 fn j01_stop_before_ready_does_not_wait_for_anything() {
-    for before in 0..4 {
+    for before in 0..6 {
         let mut w = World::new(POLICY);
-        for event in [Event::Fetched, Event::Prepared, Event::Launched].into_iter().take(before) {
+        for event in [Event::Fetched, Event::Prepared, HELD, FREE, Event::Launched].into_iter().take(before) {
             w.on(event);
         }
         w.on(Event::Stop);
@@ -212,7 +220,7 @@ fn a_long_useful_life_forgives() {
 
 #[test]
 fn backoff_doubles_with_jitter_and_is_bounded() {
-    let policy = Policy { max_failures: 100, ..POLICY };
+    let policy = Policy { restart: Terms { max_failures: 100, ..POLICY.restart }, ..POLICY };
     let mut w = World::new(policy);
     let mut waits = Vec::new();
     for round in 0..8 {
@@ -260,200 +268,82 @@ fn a_restart_wished_for_is_no_failure() {
     let mut w = World::new(POLICY);
     w.ready().on(Event::Restart);
     assert_eq!(w.state(), "Draining");
-    w.on(Event::Idle).on(Event::Exited).on(Event::TreeEmpty).on(Event::Released { roll: 0 });
+    w.on(Event::Idle).on(Event::Exited).on(Event::TreeEmpty).on(FREE);
     assert_eq!((w.state(), w.machine.recent_failures(), w.machine.restarts), ("Fetching", 0, 1));
 }
 
-fn alphabet() -> Vec<Event> {
-    vec![
-        Event::Fetched,
-        Event::FetchFailed(CRASH),
-        Event::FetchFailed(BAD_FLAG),
-        Event::Prepared,
-        Event::PrepareFailed(BAD_FLAG),
-        Event::PrepareFailed(CRASH),
-        Event::Launched,
-        Event::LaunchFailed(CRASH),
-        Event::Progressed,
-        Event::LooksReady,
-        Event::Healthy,
-        Event::Unhealthy,
-        Event::LooksBusy,
-        Event::Hung,
-        Event::Exited,
-        Event::Examined(CRASH),
-        Event::Idle,
-        Event::TreeEmpty,
-        Event::Released { roll: 0 },
-        Event::Stop,
-        Event::Restart,
-        Event::Tick,
-    ]
-}
-
-/// What must hold whatever happens, checked along every history. The environment is honest: a tree
-/// is reported empty only after `Kill`, GPUs only after `Release`.
-#[derive(Clone, PartialEq, Eq, Hash)]
-#[allow(clippy::struct_excessive_bools)] // four independent facts; none is a policy
-struct Shadow {
-    engine_may_live: bool,
-    gpus_may_be_held: bool,
-    kill_asked: bool,
-    release_asked: bool,
+#[test]
+fn a_restart_lets_answers_end_and_cuts_nothing_of_the_proxys() {
+    let mut w = World::new(POLICY);
+    w.ready().on(Event::Restart);
+    assert_eq!((w.state(), w.actions.as_slice()), ("Draining", &[Action::Hold][..]));
+    w.wait();
+    assert_eq!(w.actions, [Action::Terminate], "the engine's end ends what is open; the proxy goes on");
+    w.on(Event::Stop);
+    assert_eq!(w.state(), "Stopping", "now it is for good");
+    w.wait();
+    assert_eq!(w.actions, [Action::Kill]);
+    let mut w = World::new(POLICY);
+    w.ready().on(Event::Restart).on(Event::Stop);
+    assert_eq!(w.actions, [Action::Drain], "a stop in the middle of it closes the proxy");
+    w.wait();
+    assert_eq!(w.actions, [Action::CutStreams, Action::Terminate]);
 }
 
 #[test]
-fn every_short_history_keeps_the_invariants_and_the_diagrams_edges_are_the_reachable_ones() {
-    let mut edges: BTreeSet<(&'static str, &'static str)> = BTreeSet::new();
-    let mut seen: HashMap<String, usize> = HashMap::new();
-    let (machine, _) = Machine::start(POLICY);
-    let shadow = Shadow { engine_may_live: false, gpus_may_be_held: false, kill_asked: false, release_asked: false };
-    let mut todo = VecDeque::from([(machine, shadow, 0u64, 0usize)]);
-    while let Some((machine, shadow, now, depth)) = todo.pop_front() {
-        if depth >= 14 {
-            continue;
-        }
-        for event in alphabet() {
-            if event == Event::TreeEmpty && !shadow.kill_asked
-                || matches!(event, Event::Released { .. }) && !shadow.release_asked
-            {
-                continue;
-            }
-            let mut next = machine.clone();
-            let mut s = shadow.clone();
-            let now = if event == Event::Tick { machine.deadline().unwrap_or(now).max(now) } else { now };
-            let before = name(&machine.state);
-            match event {
-                Event::TreeEmpty => {
-                    s.engine_may_live = false;
-                    s.kill_asked = false;
-                }
-                Event::Released { .. } => {
-                    s.gpus_may_be_held = false;
-                    s.release_asked = false;
-                }
-                _ => {}
-            }
-            let actions = next.step(&event, now);
-            let after = name(&next.state);
-            if before != after {
-                edges.insert((before, after));
-            }
-            for action in &actions {
-                match action {
-                    Action::Launch => {
-                        assert!(!s.engine_may_live, "a second engine beside a first one");
-                        assert!(!s.gpus_may_be_held, "a launch on GPUs that are not known to be free");
-                        assert!(!next.stopping(), "a launch after a stop");
-                        s.engine_may_live = true;
-                        s.gpus_may_be_held = true;
-                    }
-                    Action::Kill => s.kill_asked = true,
-                    Action::Release => {
-                        assert!(!s.engine_may_live, "GPUs are waited for only when the tree is empty");
-                        s.release_asked = true;
-                    }
-                    Action::Exit(0) => assert!(!s.engine_may_live, "exit 0 with an engine alive"),
-                    _ => {}
-                }
-            }
-            if matches!(next.state, State::Ready | State::Busy) {
-                assert!(s.engine_may_live, "traffic with no engine");
-            }
-            // The abstract state: times only as "due or not" through the deadline.
-            let key = format!("{:?}|{}|{}", abstracted(&next), next.recent_failures().min(3), hash_of(&s));
-            if seen.insert(key, depth).is_none() {
-                todo.push_back((next, s, now, depth + 1));
-            }
-        }
-    }
-    let drawn: BTreeSet<(&str, &str)> = DIAGRAM.iter().copied().collect();
-    let missing: Vec<_> = drawn.difference(&edges).collect();
-    let extra: Vec<_> = edges.difference(&drawn).collect();
-    assert!(missing.is_empty() && extra.is_empty(), "not reachable: {missing:?}; not drawn: {extra:?}");
-    assert!(seen.len() > 60, "the search went somewhere: {} states", seen.len());
+fn a_restart_gets_it_out_of_everything_that_waits() {
+    let mut w = World::new(POLICY);
+    w.launched().dies(BAD_FLAG).on(Event::Restart);
+    assert_eq!((w.state(), w.machine.recent_failures(), w.machine.restarts), ("Fetching", 0, 1));
+    let mut w = World::new(POLICY);
+    w.launched().dies(CRASH).on(Event::Restart);
+    assert_eq!((w.state(), w.machine.recent_failures()), ("Fetching", 0), "no waiting for the backoff's end");
+    let mut w = World::new(POLICY);
+    w.launched().on(Event::Restart);
+    assert_eq!((w.state(), w.actions.as_slice()), ("Reaping", &[Action::Kill][..]));
+    w.on(Event::TreeEmpty).on(FREE);
+    assert_eq!((w.state(), w.machine.recent_failures()), ("Fetching", 0), "a start cut short is no failure");
+    let mut w = World::new(POLICY);
+    w.ready().on(Event::Exited).on(Event::Examined(BAD_FLAG)).on(Event::Restart).on(Event::TreeEmpty);
+    w.on(Event::Restart).on(FREE);
+    assert_eq!(w.state(), "Fetching", "what would have ended in GaveUp");
+    let mut w = World::new(POLICY);
+    w.ready().on(Event::Exited).on(Event::Examined(BAD_FLAG)).on(Event::TreeEmpty).on(Event::Restart).on(FREE);
+    assert_eq!(w.state(), "Fetching", "asked for a little later");
+    let mut w = World::new(POLICY);
+    w.ready().on(Event::Exited).on(Event::Examined(BAD_FLAG)).wait().on(Event::Restart).on(Event::TreeEmpty).on(FREE);
+    assert_eq!(w.state(), "Fetching", "asked for while a process did not end");
+    let mut w = World::new(POLICY);
+    w.ready().on(Event::Stop).on(Event::Restart);
+    assert_eq!((w.state(), w.actions.len()), ("Draining", 0), "a stop is not undone");
 }
 
-fn abstracted(machine: &Machine) -> (String, bool, usize) {
-    let state = match &machine.state {
-        State::Loading { check, .. } => format!("Loading {check:?}"),
-        State::Reaping { then, .. } | State::Unkillable { then } | State::Releasing { then } => {
-            format!("{} {then:?}", name(&machine.state))
-        }
-        State::GaveUp { failure } => format!("GaveUp {failure:?}"),
-        other => name(other).to_owned(),
-    };
-    (state, machine.stopping(), machine.restarts.min(1) as usize)
-}
-
-fn hash_of(shadow: &Shadow) -> u8 {
-    u8::from(shadow.engine_may_live)
-        | u8::from(shadow.gpus_may_be_held) << 1
-        | u8::from(shadow.kill_asked) << 2
-        | u8::from(shadow.release_asked) << 3
-}
-
-/// The edges of the diagram in `step`'s documentation.
-const DIAGRAM: &[(&str, &str)] = &[
-    ("Fetching", "Preparing"),
-    ("Fetching", "Backoff"),
-    ("Fetching", "GaveUp"),
-    ("Fetching", "Reaping"),
-    ("Preparing", "Launching"),
-    ("Preparing", "Backoff"),
-    ("Preparing", "GaveUp"),
-    ("Preparing", "Reaping"),
-    ("Launching", "Loading"),
-    ("Launching", "Failing"),
-    ("Launching", "Reaping"),
-    ("Loading", "Ready"),
-    ("Loading", "Failing"),
-    ("Loading", "Reaping"),
-    ("Ready", "Busy"),
-    ("Ready", "Failing"),
-    ("Ready", "Draining"),
-    ("Busy", "Ready"),
-    ("Busy", "Failing"),
-    ("Busy", "Draining"),
-    ("Failing", "Reaping"),
-    ("Draining", "Stopping"),
-    ("Draining", "Reaping"),
-    ("Stopping", "Reaping"),
-    ("Reaping", "Releasing"),
-    ("Reaping", "Unkillable"),
-    ("Reaping", "Stopped"),
-    ("Unkillable", "Releasing"),
-    ("Unkillable", "Stopped"),
-    ("Releasing", "Backoff"),
-    ("Releasing", "Fetching"),
-    ("Releasing", "GaveUp"),
-    ("Releasing", "Stopped"),
-    ("Backoff", "Fetching"),
-    ("Backoff", "Stopped"),
-    ("GaveUp", "Fetching"),
-    ("GaveUp", "Stopped"),
-];
-
-proptest::proptest! {
-    /// Whatever happens, a stop is over within the grace and the time SIGKILL may take.
-    #[test]
-    fn stop_is_bounded_whatever_the_engine_does(history in proptest::collection::vec((0usize..22, 0u64..700_000), 0..40)) {
+#[test]
+fn g13_no_engine_is_launched_beside_whoever_holds_the_gpus() {
+    for blocked in [HELD, Event::Tick] {
         let mut w = World::new(POLICY);
-        for (index, pause) in history {
-            let event = alphabet()[index];
-            if matches!(event, Event::Stop) { continue }
-            w.later(pause);
-            w.on(event);
-        }
-        w.on(Event::Stop);
-        let from = w.now;
-        let mut steps = 0;
-        // The engine ignores everything: only deadlines pass.
-        while w.state() != "Stopped" && w.state() != "Releasing" {
-            steps += 1;
-            proptest::prop_assert!(steps < 10, "stuck in {:?}", w.machine.state);
-            w.wait();
-        }
-        proptest::prop_assert!(w.now - from <= POLICY.grace + KILL_BEFORE_END, "{} ms", w.now - from);
+        w.on(Event::Fetched).on(Event::Prepared).later(RELEASE_LIMIT).on(blocked);
+        assert_eq!((w.state(), w.machine.deadline()), ("Occupied", None));
+        w.later(86_400_000).on(Event::Tick).on(HELD).on(Event::Restart).on(Event::Prepared);
+        assert_eq!((w.state(), w.actions.len()), ("Occupied", 0), "for as long as it takes");
+        w.on(FREE);
+        assert_eq!((w.state(), w.actions.as_slice()), ("Launching", &[Action::Launch][..]));
     }
+}
+
+#[test]
+fn g13_memory_that_is_not_freed_keeps_neither_a_stop_nor_a_cause_waiting() {
+    let mut w = World::new(POLICY);
+    w.ready().on(Event::Stop).on(Event::Idle).on(Event::Exited).on(Event::TreeEmpty);
+    assert_eq!((w.state(), w.machine.deadline()), ("Releasing", Some(RELEASE_LIMIT)));
+    w.wait();
+    assert_eq!(w.actions, [Action::Exit(0)]);
+    let mut w = World::new(POLICY);
+    w.ready().on(Event::Stop).on(Event::Idle).on(Event::Exited).on(Event::TreeEmpty).on(Event::Stop);
+    assert_eq!(w.actions, [Action::Exit(0)], "a second stop waits for nothing");
+    let mut w = World::new(POLICY);
+    w.ready().dies(BAD_FLAG);
+    let mut x = World::new(POLICY);
+    x.ready().on(Event::Exited).on(Event::Examined(BAD_FLAG)).on(Event::TreeEmpty).on(HELD);
+    assert_eq!((w.state(), x.state()), ("GaveUp", "GaveUp"), "the cause is told, whoever holds the memory");
 }

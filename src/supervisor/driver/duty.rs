@@ -1,6 +1,6 @@
 //! What the driver does with news from outside, and by itself each second.
 
-use super::{Driver, Event, Report, State};
+use super::{Driver, Event, Order, Report, State};
 use crate::engine::death::Reached;
 use crate::engine::log::{Fact, Signature};
 use crate::engine::remarks::Expected;
@@ -73,6 +73,19 @@ impl Driver {
                 self.on(Event::TreeEmpty).await;
             }
             Report::Released { roll } => self.on(Event::Released { roll }).await,
+            Report::Held { roll } => self.on(Event::Held { roll }).await,
+            Report::Gpus(look) => self.saw_gpus(look),
+            Report::Bundled(written) => self.bundled(written),
+            Report::Order(Order::Bundle(reply)) => self.bundle_on_demand(reply),
+            Report::Order(Order::Restart(reply)) => {
+                let before = self.machine.state.clone();
+                let stopping = self.machine.stopping();
+                self.on(Event::Restart).await;
+                let answer = restart_in_words(&before, stopping);
+                tracing::info!("asked to restart the engine: {answer}");
+                // Whoever asked may have left.
+                let _ = reply.send(answer.to_owned());
+            }
         }
     }
 
@@ -146,8 +159,10 @@ impl Driver {
         if let Some(age) = view.traffic.last_byte_ms {
             self.vigil.watch.sign(Sign::Token, now.saturating_sub(age));
         }
-        // Only a report that is newer than the drain proves that nothing slipped in before it.
-        let proven = view.pid.is_none() || self.drain_asked.is_some_and(|asked| view.reports > asked);
+        // Only a report that is newer than the drain, of a proxy that knows of it, proves that nothing slipped
+        // in before it.
+        let newer = self.drain_asked.is_some_and(|asked| view.reports > asked);
+        let proven = view.pid.is_none() || (newer && view.traffic.closed);
         if matches!(self.machine.state, State::Draining { .. }) && !busy && proven {
             self.on(Event::Idle).await;
         }
@@ -199,5 +214,27 @@ impl Driver {
             tracing::warn!("{warning}");
             self.warnings.push(warning.to_owned());
         }
+    }
+}
+
+/// What an operator's restart leads to, from the state in which it came.
+fn restart_in_words(state: &State, stopping: bool) -> &'static str {
+    match state {
+        _ if stopping => "sglangd is stopping; nothing is started any more",
+        State::Ready | State::Busy => {
+            "open answers may end within shutdown.grace, new requests wait for the next engine"
+        }
+        State::Launching | State::Loading { .. } => "the start under way is ended, and another one begun",
+        State::GaveUp { .. } | State::Backoff { .. } => "starting now; earlier failures do not count any more",
+        State::Reaping { .. } | State::Releasing { .. } => "starting as soon as nothing of the last engine is left",
+        State::Unkillable { .. } => "starting as soon as the processes that do not end are gone",
+        State::Occupied => "starting as soon as the GPUs are free",
+        State::Draining { .. }
+        | State::Stopping { .. }
+        | State::Failing { .. }
+        | State::Fetching
+        | State::Preparing
+        | State::Claiming { .. } => "a fresh engine is on its way already",
+        State::Stopped { .. } => "sglangd has stopped",
     }
 }

@@ -70,6 +70,7 @@ impl Driver {
     /// Once a second.
     pub(super) async fn beat(&mut self) {
         self.systemd.tick();
+        self.look_at_gpus();
         match self.machine.state {
             State::Loading { .. } => self.watch_start(),
             State::Ready | State::Busy => self.watch_over().await,
@@ -164,6 +165,7 @@ impl Driver {
     fn suspect(&mut self, silence: Duration, why: String) {
         if self.vigil.suspicion.is_none() {
             self.suspicions += 1;
+            self.bundle_of_a_suspicion();
             tracing::warn!("a hang of the engine is suspected: {why}");
         }
         self.vigil.suspicion = Some(Suspicion { silence, why });
@@ -284,12 +286,15 @@ impl Driver {
         }
     }
 
-    /// Ready: from now on its ranks are known, and each that ends is told of at once.
+    /// Ready: from now on its ranks are known, and each that ends is told of at once. Ready again after it was
+    /// busy: nothing begins.
     pub(super) fn begin_watch(&mut self) {
         let now = self.now();
         self.vigil.watch.passed(now);
-        self.vigil.served = true;
         self.vigil.suspicion = None;
+        if std::mem::replace(&mut self.vigil.served, true) {
+            return;
+        }
         let Some(engine) = &mut self.engine else { return };
         engine.stop_watching();
         self.ranks = engine.note_ranks();
