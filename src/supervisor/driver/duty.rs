@@ -350,10 +350,12 @@ fn restart_in_words(state: &State, stopping: bool) -> &'static str {
         State::Reaping { .. } | State::Releasing { .. } => "starting as soon as nothing of the last engine is left",
         State::Unkillable { .. } => "starting as soon as the processes that do not end are gone",
         State::Occupied => "starting as soon as the GPUs are free",
-        State::Draining { .. } | State::Stopping { .. } | State::Failing { .. } => {
-            "a fresh engine is on its way already"
-        }
-        State::Fetching | State::Preparing | State::Claiming { .. } => "a fresh engine is on its way already",
+        State::Draining { .. }
+        | State::Stopping { .. }
+        | State::Failing { .. }
+        | State::Fetching
+        | State::Preparing
+        | State::Claiming { .. } => "a fresh engine is on its way already",
         State::Stopped { .. } => "sglangd has stopped",
     }
 }
