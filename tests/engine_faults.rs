@@ -199,7 +199,7 @@ async fn g10_a_stopped_scheduler_is_suspected_then_hung_then_replaced() {
     let first = engine_pid(&daemon.is_ready(SOON).await);
     let addr = daemon.public();
     send(the_one(&daemon, "sglang::scheduler"), Signal::SIGSTOP);
-    // Nothing waits: silence alone is no hang. Then somebody does.
+    // Somebody waits, too.
     let mut client = Client::connect(addr);
     client.send(stream_of(5));
     let suspected = daemon

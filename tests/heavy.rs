@@ -6,5 +6,6 @@ mod harness;
 
 mod config_proof;
 mod container;
+mod hub_cache;
 mod real_engine;
 mod systemd;

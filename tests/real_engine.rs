@@ -25,7 +25,7 @@ const LONG_ANSWER: u32 = 2900;
 const REPO: &str = "sglangd-test/tiny";
 
 /// What `tests/run` prepared; a test that cannot run must fail, not pass by doing nothing.
-fn prepared(variable: &str) -> PathBuf {
+pub fn prepared(variable: &str) -> PathBuf {
     let value = std::env::var_os(variable);
     let path = PathBuf::from(value.unwrap_or_else(|| panic!("{variable} is not set: use `tests/run heavy`")));
     assert!(path.exists(), "{variable} names {}, which is not there: use `tests/run heavy`", path.display());

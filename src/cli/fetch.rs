@@ -1,11 +1,12 @@
 //! `sglangd fetch`: the model onto the disk. A person's command and the child process of `serve` alike: the only
 //! process that holds the hub's token.
 
+mod care;
 mod show;
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::exit::Exit;
@@ -16,13 +17,17 @@ use crate::engine::inspect;
 use crate::engine::resolve::resolve;
 use crate::observe::logging;
 use crate::supervisor::acquire;
-use crate::weights::{self, FetchError, Progress, RepoRequest, Request, Retry, Settings, Snapshot};
+use crate::weights::{
+    self, FetchError, Pickles, Progress, Proof, RepoRequest, Request, Retry, Settings, Snapshot, Space, Wanted, name,
+};
 
+use care::Deed;
 use show::Show;
 
 /// Workers of the runtime: streams and their bookkeeping; disk and hashing have threads of their own.
 const WORKERS: usize = 2;
 
+#[allow(clippy::struct_excessive_bools)] // each is a flag of the command line
 #[derive(Debug, Args)]
 pub struct FetchArgs {
     /// The repository, e.g. deepseek-ai/DeepSeek-V4-Pro [default: the configuration's].
@@ -36,9 +41,30 @@ pub struct FetchArgs {
     /// The hub's address [default: HF_ENDPOINT, else the public hub].
     #[arg(long, value_name = "URL")]
     pub endpoint: Option<String>,
-    /// Only say what would be fetched.
-    #[arg(long)]
+    /// Files to fetch, as a pattern; may be repeated [default: what the engine needs].
+    #[arg(long, value_name = "PATTERN", requires = "repo")]
+    pub include: Vec<String>,
+    /// Files not to fetch, as a pattern; may be repeated.
+    #[arg(long, value_name = "PATTERN", requires = "repo")]
+    pub exclude: Vec<String>,
+    /// Whether weights in pickle files, which run code when they are loaded, may be fetched [default: refuse].
+    #[arg(long, value_name = "WORD", requires = "repo")]
+    pub pickles: Option<PicklesWord>,
+    /// Only say what would be fetched, and whether there is room for it.
+    #[arg(long, group = "mode")]
     pub plan: bool,
+    /// Read everything again, whatever was proved before, and mend what is wrong.
+    #[arg(long, group = "mode")]
+    pub verify: bool,
+    /// Show what the cache holds: snapshots, sizes, last use.
+    #[arg(long, group = "mode")]
+    pub list: bool,
+    /// Show what of the cache nobody needs: old snapshots, orphaned blobs, leftovers.
+    #[arg(long, group = "mode")]
+    pub prune: bool,
+    /// With --prune: remove it.
+    #[arg(long, requires = "prune")]
+    pub yes: bool,
     /// Answer in JSON.
     #[arg(long)]
     pub json: bool,
@@ -52,16 +78,25 @@ pub struct FetchArgs {
     pub progress_fd: Option<u32>,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PicklesWord {
+    Refuse,
+    Allow,
+}
+
 /// How a fetch ended.
 enum Ended {
     Fetched(Vec<Snapshot>),
-    Planned(Vec<weights::PlannedRepo>),
+    Planned(Vec<weights::PlannedRepo>, Space),
     Failed(FetchError),
     Signal(i32),
 }
 
 #[allow(clippy::needless_pass_by_value)] // every subcommand is given its arguments whole
 pub fn run(args: FetchArgs) -> Exit {
+    if args.list || args.prune {
+        return care(&args);
+    }
     let mut show = match Show::new(args.progress_fd) {
         Ok(show) => show,
         Err(error) => {
@@ -93,7 +128,9 @@ pub fn run(args: FetchArgs) -> Exit {
         };
         let work = async {
             if only_plan {
-                return weights::prepare(&request, &settings).await.map(Ended::Planned);
+                let planned = weights::prepare(&request, &settings).await?;
+                let space = Space::look(&planned, &settings)?;
+                return Ok(Ended::Planned(planned, space));
             }
             weights::fetch(&request, &settings, &mut |progress| show.progress(progress)).await.map(Ended::Fetched)
         };
@@ -120,9 +157,15 @@ fn conclude(ended: Ended, show: &mut Show, json: bool) -> Exit {
             }
             Exit::Ok
         }
-        Ended::Planned(planned) => {
-            show::plan(&planned, json);
-            Exit::Ok
+        Ended::Planned(planned, space) => {
+            show::plan(&planned, &space, json);
+            match space.enough() {
+                Ok(()) => Exit::Ok,
+                Err(error) => {
+                    eprintln!("sglangd fetch: {error}");
+                    Exit::Weights
+                }
+            }
         }
         Ended::Failed(error) => {
             let retry_after_seconds = match error.class() {
@@ -164,13 +207,63 @@ fn request(args: &FetchArgs) -> Result<Request, (String, Exit)> {
     if let Some(json) = &args.request {
         return serde_json::from_str(json).map_err(|error| (format!("--request is no request: {error}"), Exit::Usage));
     }
-    let Some(repo) = &args.repo else { return configured(args) };
+    let proof = if args.verify { Proof::Anew } else { Proof::Kept };
+    let Some(repo) = &args.repo else { return configured(args).map(|request| Request { proof, ..request }) };
+    let model = RepoRequest {
+        include: args.include.clone(),
+        exclude: args.exclude.clone(),
+        pickles: match args.pickles {
+            Some(PicklesWord::Allow) => Pickles::Allowed,
+            Some(PicklesWord::Refuse) | None => Pickles::Refused,
+        },
+        ..RepoRequest::model(repo, args.revision.as_deref().unwrap_or("main"))
+    };
     Ok(Request {
-        repos: vec![RepoRequest::model(repo, args.revision.as_deref().unwrap_or("main"))],
+        repos: vec![model],
         cache: args.cache.clone(),
         endpoint: args.endpoint.clone(),
         download: Download::Auto,
+        proof,
     })
+}
+
+/// `--list` and `--prune`: of the cache alone, the hub is not asked.
+fn care(args: &FetchArgs) -> Exit {
+    let loaded = load(&args.config.sources(WhenMissing::BuiltIn));
+    let configured = loaded.as_ref().ok().map(|loaded| &loaded.config);
+    let mut request =
+        configured.and_then(|config| weights::request_from_config(config, Wanted::All)).unwrap_or_else(|| Request {
+            repos: vec![],
+            cache: None,
+            endpoint: None,
+            download: Download::Never,
+            proof: Proof::Kept,
+        });
+    // A commit that the configuration names stays, though nothing in the cache points to it.
+    let wanted: Vec<String> =
+        request.repos.iter().map(|repo| repo.revision.clone()).filter(|revision| name::is_commit(revision)).collect();
+    if args.cache.is_some() {
+        request.cache.clone_from(&args.cache);
+    } else if let Some(config) = configured {
+        request.cache.clone_from(&config.weights.cache);
+    }
+    let settings = match Settings::resolve(&request, |name| std::env::var(name).ok()) {
+        Ok(settings) => settings,
+        Err(error) => {
+            eprintln!("sglangd fetch: {error}");
+            return Exit::Weights;
+        }
+    };
+    if args.list {
+        return care::list(&settings.cache, args.repo.as_deref(), args.json);
+    }
+    if let Err(error) = loaded {
+        // Which commit must stay is not known.
+        eprintln!("sglangd fetch: the configuration is wrong\n{}", error.render(Color::Plain));
+        return Exit::Config;
+    }
+    let deed = if args.yes { Deed::Remove } else { Deed::Show };
+    care::prune(&settings.cache, args.repo.as_deref(), &wanted, deed, args.json)
 }
 
 /// What `serve` would fetch: the configuration's model and what its flags name besides.

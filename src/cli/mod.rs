@@ -12,6 +12,7 @@ pub mod plan;
 pub mod probe;
 pub mod proxy;
 mod public_socket;
+pub mod read_ahead;
 pub mod restart_engine;
 pub mod serve;
 pub mod simulate;
@@ -54,6 +55,9 @@ pub enum Command {
     Proxy(proxy::ProxyArgs),
     /// A simulated SGLang engine: takes its arguments, speaks its HTTP, prints its log lines.
     Simulate(simulate::SimulateArgs),
+    /// Reads shards into memory ahead of the engine; started by `serve`.
+    #[command(hide = true)]
+    ReadAhead(read_ahead::ReadAheadArgs),
     /// Ends the engine's session when the supervisor is gone; started by `serve`.
     #[command(hide = true)]
     Guard(guard::GuardArgs),
@@ -168,6 +172,7 @@ pub fn run(cli: Cli) -> Exit {
         Command::Keys(args) => keys::run(args),
         Command::Proxy(args) => proxy::run(args),
         Command::Simulate(args) => simulate::run(args),
+        Command::ReadAhead(args) => read_ahead::run(args),
         Command::Guard(args) => guard::run(args),
     }
 }

@@ -21,7 +21,7 @@ use crate::engine::inspect::{Answer, How, TableSource, check, installed_table};
 use crate::engine::resolve::{Resolved, resolve};
 use crate::link::ProxyProtocol;
 use crate::supervisor::acquire;
-use crate::weights::{self, PlannedRepo, Settings};
+use crate::weights::{self, PlannedRepo, Settings, Space};
 
 /// How long the installed engine's parser may take: imports of torch from a cold disk.
 pub(super) const INSPECT_LIMIT: Duration = Duration::from_mins(2);
@@ -143,6 +143,9 @@ fn fetch_view(config: &Config, resolved: &Resolved, own: &env::Env) -> FetchView
     match planned {
         Err(_) => unknown(format!("no answer from {} within {} s", settings.endpoint, LIST_LIMIT.as_secs())),
         Ok(Err(error)) => unknown(error.to_string()),
+        Ok(Ok(planned)) if let Err(error) = Space::look(&planned, &settings).and_then(|space| space.enough()) => {
+            unknown(error.to_string())
+        }
         Ok(Ok(planned)) => FetchView::Known {
             files: planned.iter().map(|repo| repo.plan.files.len() as u64).sum(),
             bytes: planned.iter().map(|repo| repo.plan.bytes_total()).sum(),

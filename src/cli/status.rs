@@ -149,7 +149,11 @@ fn render(status: &Status) -> String {
     row("advice", &status.advice);
     row("model", &model(status));
     if let Some(weights) = &status.weights {
-        row("weights", &format!("{} of {}, {}/s", bytes(weights.done), bytes(weights.total), bytes(weights.rate)));
+        let pace = if weights.stalled { "stalled".to_owned() } else { format!("{}/s", bytes(weights.rate)) };
+        row("weights", &format!("{} of {}, {pace}", bytes(weights.done), bytes(weights.total)));
+    }
+    if let Some(ahead) = &status.read_ahead {
+        row("memory", &format!("{} of {} of the weights read ahead", bytes(ahead.done), bytes(ahead.total)));
     }
     row("engine", &engine(status));
     let ranks: Vec<String> = status
@@ -160,7 +164,11 @@ fn render(status: &Status) -> String {
         .collect();
     row("ranks", &ranks.join(", "));
     if let Some(seconds) = status.engine.suspected_seconds {
-        row("hang?", &format!("no sign of life for {}", span(seconds)));
+        let why = match status.engine.suspicion.as_str() {
+            "" => format!("no sign of life for {}", span(seconds)),
+            why => why.to_owned(),
+        };
+        row("hang?", &why);
     }
     row("last exit", status.engine.last_exit.as_deref().unwrap_or_default());
     let r = &status.requests;
@@ -298,6 +306,7 @@ mod tests {
             },
             proxy: ProxyStatus { pid: Some(40), restarts: 0 },
             weights: Some(WeightsStatus { done: 1_500_000_000, total: 3_000_000_000, rate: 500, ..Default::default() }),
+            read_ahead: None,
             listen: Listening { public: "0.0.0.0:8000".into(), admin: "127.0.0.1:8001".into(), ..Listening::default() },
             warnings: vec!["one".into(), "two".into()],
             uptime_seconds: 8000,

@@ -11,8 +11,8 @@ use super::layers::{Layers, Said};
 use super::source::{self, Place, SourceKind};
 use super::values::{endpoint, model_name, repo, whole};
 use super::{
-    Auth, Config, Download, Engine, Flags, Health, Limits, LogFormat, Model, ModelSource, Observe, OnGiveUp, Restart,
-    Shutdown, SizedBy, Start, UnknownFlags, Weights, units,
+    Auth, Config, Download, Engine, Flags, Health, Limits, LogFormat, Model, ModelSource, Observe, OnGiveUp, Pickles,
+    Prefetch, Restart, Shutdown, SizedBy, Start, UnknownFlags, Weights, units,
 };
 
 /// The least grace: streams are cut 8 s and everything is killed 2 s before its end.
@@ -49,6 +49,13 @@ impl<'a> Builder<'a> {
                 download: self.choice("weights.download", &[("auto", Download::Auto), ("never", Download::Never)]),
                 cache: self.path("weights.cache"),
                 endpoint: self.optional("weights.endpoint", endpoint),
+                include: self.patterns("weights.include"),
+                exclude: self.patterns("weights.exclude"),
+                pickles: self.choice("weights.pickles", &[("refuse", Pickles::Refuse), ("allow", Pickles::Allow)]),
+                prefetch: self.choice(
+                    "weights.prefetch",
+                    &[("auto", Prefetch::Auto), ("always", Prefetch::Always), ("never", Prefetch::Never)],
+                ),
             },
             engine: Engine {
                 command: self.words("engine.command"),
@@ -219,6 +226,7 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// A program and its arguments.
     fn words(&mut self, path: &'static str) -> Vec<String> {
         let key = keys::find(path).expect("every path in this file is in KEYS");
         let default = || {
@@ -226,15 +234,50 @@ impl<'a> Builder<'a> {
             text.split(", ").map(ToOwned::to_owned).collect()
         };
         let Some(said) = self.last(path) else { return default() };
+        let Some(words) = self.list(path, ": it is never given to a shell, which would split words") else {
+            return default();
+        };
+        if words.first().is_none_or(String::is_empty) {
+            self.mistakes.push(
+                Mistake::new(format!("`{path}` names no program"), format!("write {}", key.is))
+                    .at(said.node.place(), "empty"),
+            );
+            return default();
+        }
+        words
+    }
+
+    /// Patterns of file names; none where nothing was said.
+    fn patterns(&mut self, path: &'static str) -> Vec<String> {
+        let Some(said) = self.last(path) else { return Vec::new() };
+        let patterns = self.list(path, "").unwrap_or_default();
+        for pattern in &patterns {
+            if let Err(error) = globset::Glob::new(pattern) {
+                self.mistakes.push(
+                    Mistake::new(
+                        format!("`{path}` has {pattern:?}, which is no pattern: {}", error.kind()),
+                        "write names with `*` and `?`, like 'original/*'",
+                    )
+                    .at(said.node.place(), "no pattern"),
+                );
+            }
+        }
+        patterns
+    }
+
+    /// The words of a list that was said; none: it is no list, which is noted.
+    fn list(&mut self, path: &'static str, why: &str) -> Option<Vec<String>> {
+        let key = keys::find(path).expect("every path in this file is in KEYS");
+        let said = self.last(path)?;
         let Node::List(items, _) = &said.node else {
             self.mistakes.push(
                 Mistake::new(
                     format!("`{path}` is {}, not a list", said.node.describe()),
-                    format!("write {}: it is never given to a shell, which would split words", key.is),
+                    format!("write {}{why}", key.is),
                 )
                 .at(said.node.place(), "not a list"),
             );
-            return default();
+            return None;
         };
         let mut words = Vec::new();
         for item in items {
@@ -248,14 +291,7 @@ impl<'a> Builder<'a> {
                 ),
             }
         }
-        if words.first().is_none_or(String::is_empty) {
-            self.mistakes.push(
-                Mistake::new(format!("`{path}` names no program"), format!("write {}", key.is))
-                    .at(said.node.place(), "empty"),
-            );
-            return default();
-        }
-        words
+        Some(words)
     }
 
     fn environment(&mut self) -> BTreeMap<String, String> {

@@ -40,6 +40,15 @@ pub const KEYS: &[Key] = &[
     unset("weights.cache", "a folder: the Hugging Face cache"),
     unset("weights.endpoint", "the hub's address: https://HOST"),
     Key {
+        path: "weights.include",
+        shape: Shape::Words,
+        default: Some("[]"),
+        is: "a list of patterns: ['*.safetensors', '*.json']",
+    },
+    Key { path: "weights.exclude", shape: Shape::Words, default: Some("[]"), is: "a list of patterns: ['original/*']" },
+    scalar("weights.pickles", "refuse", "`refuse` or `allow`"),
+    scalar("weights.prefetch", "auto", "`auto`, `always` or `never`"),
+    Key {
         path: "engine.command",
         shape: Shape::Words,
         default: Some("[python3, -m, sglang.launch_server]"),

@@ -71,6 +71,12 @@ pub struct Weights {
     pub cache: Option<PathBuf>,
     /// The hub's address; none: `HF_ENDPOINT`, else the public hub.
     pub endpoint: Option<String>,
+    /// Patterns of the model's files; empty: what the engine needs.
+    pub include: Vec<String>,
+    /// Patterns of files that are left out, whoever needs them.
+    pub exclude: Vec<String>,
+    pub pickles: Pickles,
+    pub prefetch: Prefetch,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +84,24 @@ pub enum Download {
     /// Fetch what is missing.
     Auto,
     /// Use only what is cached; missing files are an error.
+    Never,
+}
+
+/// Whether weights in pickle files (`*.bin`, `*.pt`), which run code when they are loaded, may be used where
+/// there are no safetensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pickles {
+    Refuse,
+    Allow,
+}
+
+/// Whether the disk's files are read into memory ahead of the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prefetch {
+    /// Where it helps: not what lies in memory already, and no more than memory is free for.
+    Auto,
+    /// All of it, whatever memory is free.
+    Always,
     Never,
 }
 

@@ -15,6 +15,8 @@ pub enum How {
     Signaled(i32),
     /// It did not end: the supervisor found it hung.
     Hung,
+    /// It did not end, but one of its ranks did.
+    RankDied,
 }
 
 /// How far the start had come.
@@ -55,6 +57,7 @@ pub enum Class {
     Weights,
     CorruptWeights,
     Disk,
+    DiskFails,
     KvDoesNotFit,
     CaptureOom,
     GpuOom,
@@ -114,6 +117,7 @@ impl Class {
             Self::Weights => "weights",
             Self::CorruptWeights => "corrupt_weights",
             Self::Disk => "disk",
+            Self::DiskFails => "disk_fails",
             Self::KvDoesNotFit => "kv_does_not_fit",
             Self::CaptureOom => "capture_oom",
             Self::GpuOom => "gpu_oom",
@@ -142,6 +146,10 @@ impl Class {
                 "Verify the weights with `sglangd fetch`; it fetches again what does not fit its checksum."
             }
             Self::Disk => "Free disk space in the engine's cache, temporary and shared-memory folders.",
+            Self::DiskFails => {
+                "Look at the disk or the network mount that holds the weights (the kernel's log, `dmesg`); `sglangd fetch \
+                 --verify` reads all of them."
+            }
             Self::KvDoesNotFit => "Raise `mem-fraction-static`, or lower `context-length` or `max-running-requests`.",
             Self::CaptureOom => "Lower `mem-fraction-static` or `cuda-graph-max-bs-decode`.",
             Self::GpuOom => {
@@ -175,7 +183,8 @@ impl Class {
             | Self::Hardware => Retry::Never,
             // While it loads, a second try helps only if someone else's memory was in the way.
             Self::GpuOom if reached < Reached::Ready => Retry::Once,
-            Self::Warmup | Self::CudaError => Retry::Once,
+            // A mount may be back, and a file handle fresh, for the next start.
+            Self::Warmup | Self::CudaError | Self::DiskFails => Retry::Once,
             Self::GpuOom
             | Self::HostOom
             | Self::ForeignGpuMemory
@@ -203,6 +212,7 @@ impl Class {
             Self::Weights => "The engine does not find its model",
             Self::CorruptWeights => "A weight file is corrupt or does not fit the model",
             Self::Disk => "The disk is full",
+            Self::DiskFails => "The disk failed, not the engine",
             Self::KvDoesNotFit => "The KV cache does not fit beside the weights",
             Self::CaptureOom => "GPU memory ran out while CUDA graphs were captured",
             Self::GpuOom => "GPU memory ran out",
@@ -236,7 +246,7 @@ pub fn classify<L: AsRef<[u8]>>(evidence: &Evidence<'_, L>) -> Cause {
             How::Signaled(signal) => {
                 let _ = write!(sentence, " (by {})", signal_name(signal));
             }
-            How::Hung => {}
+            How::Hung | How::RankDied => {}
         }
     }
     if !sentence.ends_with(['.', '!', '?']) {
@@ -247,8 +257,9 @@ pub fn classify<L: AsRef<[u8]>>(evidence: &Evidence<'_, L>) -> Cause {
 
 /// Which witness is believed before another. A cause stands before what it brings about: a rank that
 /// runs out of memory lets the others see NCCL errors and closed connections.
-const WEIGHT: [Class; 14] = [
+const WEIGHT: [Class; 15] = [
     Class::Hardware,
+    Class::DiskFails,
     Class::CorruptWeights,
     Class::Disk,
     Class::KvDoesNotFit,
@@ -312,7 +323,7 @@ fn class_of<L: AsRef<[u8]>>(evidence: &Evidence<'_, L>) -> Class {
         }
         How::Exited(3) => Class::Port,
         How::Signaled(nix::libc::SIGTERM | nix::libc::SIGINT | nix::libc::SIGHUP | nix::libc::SIGKILL) => Class::Signal,
-        How::Signaled(_) => Class::Crash,
+        How::Signaled(_) | How::RankDied => Class::Crash,
         _ => Class::Unknown,
     }
 }
@@ -324,6 +335,7 @@ fn class_of_signature(signature: Signature) -> Option<Class> {
         Signature::Weights => Class::Weights,
         Signature::CorruptWeights => Class::CorruptWeights,
         Signature::Disk => Class::Disk,
+        Signature::DiskFails => Class::DiskFails,
         Signature::KvDoesNotFit => Class::KvDoesNotFit,
         Signature::CaptureOom => Class::CaptureOom,
         Signature::GpuOom => Class::GpuOom,

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::config::Config;
 
@@ -128,6 +128,31 @@ pub fn warnings(config: &Config) -> Vec<String> {
     out
 }
 
+/// The folders in which an engine with this environment keeps compiled kernels.
+///
+/// SGLang 0.5.23 puts all of them below `SGLANG_CACHE_DIR`; the older ones leave each library its own place.
+pub fn kernel_caches(env: &Env) -> Vec<PathBuf> {
+    const SAID: [&str; 8] = [
+        "SGLANG_CACHE_DIR",
+        "SGLANG_DG_CACHE_DIR",
+        "DG_JIT_CACHE_DIR",
+        "TRITON_CACHE_DIR",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "TILELANG_CACHE_DIR",
+        "CUDA_CACHE_PATH",
+        "FLASHINFER_WORKSPACE_BASE",
+    ];
+    const AT_HOME: [&str; 5] = [".triton", ".cache/deep_gemm", ".cache/flashinfer", ".tilelang", ".nv"];
+    let said = SAID.iter().filter_map(|name| env.get(OsStr::new(name))).map(PathBuf::from);
+    let home = env.get(OsStr::new("HOME")).map(PathBuf::from);
+    let at_home = home.iter().flat_map(|home| AT_HOME.iter().map(move |folder| home.join(folder)));
+    let mut folders: Vec<PathBuf> = said.chain(at_home).filter(|folder| folder.is_absolute()).collect();
+    folders.sort();
+    // One that lies in another is measured with it.
+    folders.dedup_by(|later, kept| later.starts_with(&*kept));
+    folders
+}
+
 /// Whether a variable holds the hub's token.
 pub fn is_hub_token(name: &OsStr) -> bool {
     name.to_str().is_some_and(|name| HUB_TOKENS.contains(&name))
@@ -227,6 +252,21 @@ mod tests {
         assert_eq!(get(&env, "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"), Some("0"));
         assert_eq!(get(&env, "HF_TOKEN"), None);
         assert_eq!(warnings(&config).len(), 2, "{:?}", warnings(&config));
+    }
+
+    #[test]
+    fn kernel_caches_are_where_the_environment_says_each_measured_once() {
+        let env = own(&[
+            ("HOME", "/root"),
+            ("SGLANG_CACHE_DIR", "/state/cache"),
+            ("TRITON_CACHE_DIR", "/state/cache/triton"),
+            ("CUDA_CACHE_PATH", "relative"),
+        ]);
+        let shown: Vec<String> = kernel_caches(&env).iter().map(|folder| folder.display().to_string()).collect();
+        let at_home =
+            ["/root/.cache/deep_gemm", "/root/.cache/flashinfer", "/root/.nv", "/root/.tilelang", "/root/.triton"];
+        assert_eq!(shown[..5], at_home);
+        assert_eq!(shown[5..], ["/state/cache"]);
     }
 
     #[test]

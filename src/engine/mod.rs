@@ -11,6 +11,7 @@ pub mod legacy;
 pub mod log;
 mod owned;
 pub mod progress;
+pub mod remarks;
 pub mod resolve;
 mod words;
 pub mod yaml;

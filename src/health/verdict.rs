@@ -10,15 +10,19 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Evidence {
     /// Bytes of an answer passed the proxy.
-    pub last_byte: Option<Duration>,
-    /// A "Prefill batch" or "Decode batch" line, or a counter of `/v1/loads` that moved.
+    pub last_token: Option<Duration>,
+    /// A "Prefill batch" or "Decode batch" line.
     pub last_batch: Option<Duration>,
-    /// A `/health` that was answered 200.
-    pub last_pulse: Option<Duration>,
-    /// Since when something waits for an answer: an open request, or a probe that failed.
+    /// `/v1/loads` moved.
+    pub last_figures: Option<Duration>,
+    /// A compiler ran, or a kernel cache grew.
+    pub last_kernel: Option<Duration>,
+    /// A `/health` that was answered 200, and is believed.
+    pub last_probe: Option<Duration>,
+    /// Since when something waits for an answer: an open request, or a probe.
     pub waiting: Option<Duration>,
-    /// A rank is dead or a zombie while the main process lives.
-    pub rank_dead: bool,
+    /// Since when somebody has one of its processes stopped.
+    pub stopped: Option<Duration>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,17 +35,33 @@ pub enum Verdict {
     Hung(Duration),
 }
 
-/// A silence shorter than this is nothing: `/health` alone takes 20 s to say so. Where a hang is called
-/// one sooner than that, it is suspected halfway: new traffic must go elsewhere before the end.
-pub const SUSPECT_AFTER: Duration = Duration::from_secs(30);
+/// How the latest `/health` ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum LastProbe {
+    #[default]
+    Passed,
+    Failed,
+}
 
-/// `probe_failed`: the latest `/health` failed or timed out.
+/// A silence shorter than this is nothing: `/health` alone takes 20 s to say so. Longer by a look and a
+/// step of the supervisor it is still said within 30 s.
+const SUSPECT_AFTER: Duration = Duration::from_secs(28);
+
+/// Where a hang is called one sooner than that, it is suspected halfway: new traffic must go elsewhere
+/// before the end.
+pub fn suspect_after(hang_after: Duration) -> Duration {
+    SUSPECT_AFTER.min(hang_after / 2)
+}
+
+/// A rank that is dead is no matter of judgement, and not waited for.
 pub fn judge(evidence: &Evidence, probe: LastProbe, hang_after: Duration) -> Verdict {
-    if evidence.rank_dead {
-        return Verdict::Hung(Duration::ZERO);
+    if let Some(stopped) = evidence.stopped {
+        // Signs of the others refute nothing: a scheduler decodes on behind a stopped detokenizer.
+        return if stopped >= hang_after { Verdict::Hung(stopped) } else { Verdict::Suspected(stopped) };
     }
-    let sign = [evidence.last_byte, evidence.last_batch, evidence.last_pulse].into_iter().flatten().min();
-    let silence = match (evidence.waiting, sign) {
+    let signs =
+        [evidence.last_token, evidence.last_batch, evidence.last_figures, evidence.last_kernel, evidence.last_probe];
+    let silence = match (evidence.waiting, signs.into_iter().flatten().min()) {
         (None, _) => return Verdict::Alive,
         // Silence counts from when somebody began to wait, or from the last sign after that.
         (Some(waiting), Some(sign)) => waiting.min(sign),
@@ -49,19 +69,13 @@ pub fn judge(evidence: &Evidence, probe: LastProbe, hang_after: Duration) -> Ver
     };
     if silence >= hang_after {
         Verdict::Hung(silence)
-    } else if silence >= SUSPECT_AFTER.min(hang_after / 2) {
+    } else if silence >= suspect_after(hang_after) {
         Verdict::Suspected(silence)
     } else if probe == LastProbe::Failed {
         Verdict::Busy
     } else {
         Verdict::Alive
     }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LastProbe {
-    Passed,
-    Failed,
 }
 
 #[cfg(test)]
@@ -84,10 +98,16 @@ mod tests {
     }
 
     #[test]
+    fn g07_kernels_that_compile_are_a_sign_of_life_when_nothing_else_moves() {
+        let evidence = Evidence { last_kernel: Some(S(5)), waiting: Some(S(600)), ..Evidence::default() };
+        assert_eq!(judge(&evidence, LastProbe::Failed, LIMIT), Verdict::Busy);
+    }
+
+    #[test]
     fn silence_while_somebody_waits_is_suspected_and_then_hung() {
         let silent = |s| Evidence { last_batch: Some(S(s)), waiting: Some(S(s)), ..Evidence::default() };
-        assert_eq!(judge(&silent(29), LastProbe::Failed, LIMIT), Verdict::Busy);
-        assert_eq!(judge(&silent(30), LastProbe::Failed, LIMIT), Verdict::Suspected(S(30)));
+        assert_eq!(judge(&silent(27), LastProbe::Failed, LIMIT), Verdict::Busy);
+        assert_eq!(judge(&silent(28), LastProbe::Failed, LIMIT), Verdict::Suspected(S(28)));
         assert_eq!(judge(&silent(119), LastProbe::Failed, LIMIT), Verdict::Suspected(S(119)));
         assert_eq!(judge(&silent(120), LastProbe::Failed, LIMIT), Verdict::Hung(S(120)));
     }
@@ -107,14 +127,25 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_through_the_proxy_proves_it_alive() {
-        let evidence = Evidence { last_byte: Some(S(1)), waiting: Some(S(600)), ..Evidence::default() };
-        assert_eq!(judge(&evidence, LastProbe::Passed, LIMIT), Verdict::Alive);
+    fn each_sign_of_life_proves_it_alive() {
+        let waits = Evidence { waiting: Some(S(600)), ..Evidence::default() };
+        assert_eq!(judge(&waits, LastProbe::Passed, LIMIT), Verdict::Hung(S(600)));
+        let now = Some(S(1));
+        for evidence in [
+            Evidence { last_token: now, ..waits },
+            Evidence { last_batch: now, ..waits },
+            Evidence { last_figures: now, ..waits },
+            Evidence { last_kernel: now, ..waits },
+            Evidence { last_probe: now, ..waits },
+        ] {
+            assert_eq!(judge(&evidence, LastProbe::Passed, LIMIT), Verdict::Alive, "{evidence:?}");
+        }
     }
 
     #[test]
-    fn g08_a_dead_rank_is_not_waited_for() {
-        let evidence = Evidence { last_byte: Some(S(0)), rank_dead: true, ..Evidence::default() };
-        assert!(matches!(judge(&evidence, LastProbe::Passed, LIMIT), Verdict::Hung(_)));
+    fn g10_a_stopped_process_is_suspected_at_once_whoever_waits_and_whatever_else_moves() {
+        let stopped = |s| Evidence { stopped: Some(S(s)), last_token: Some(S(0)), ..Evidence::default() };
+        assert_eq!(judge(&stopped(0), LastProbe::Passed, LIMIT), Verdict::Suspected(S(0)));
+        assert_eq!(judge(&stopped(120), LastProbe::Passed, LIMIT), Verdict::Hung(S(120)));
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! It does not decide when: `supervisor::step` does. It knows nothing of the engine's flags or log.
 
+pub mod beside;
+pub mod caches;
 pub mod guard;
 pub mod leftovers;
 pub mod output;
@@ -10,3 +12,4 @@ pub mod reaper;
 pub mod record;
 pub mod spawner;
 pub mod tree;
+pub mod warm;

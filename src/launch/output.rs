@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::engine::log::{Fact, Level, Rank, Signature, Splitter, parse};
+use crate::engine::remarks::{Expected, Figures, Remark};
 
 /// Lines kept for the cause of death: a Python traceback of eight ranks is some 300 lines.
 const TAIL_LINES: usize = 400;
@@ -47,6 +48,7 @@ pub struct Heard {
     tail: Mutex<VecDeque<Vec<u8>>>,
     /// What the log said of failures, oldest first; the first ones count, so it does not roll.
     signatures: Mutex<Vec<Signature>>,
+    figures: Mutex<Figures>,
 }
 
 impl Heard {
@@ -56,6 +58,7 @@ impl Heard {
             last_batch: AtomicU64::new(0),
             tail: Mutex::default(),
             signatures: Mutex::default(),
+            figures: Mutex::default(),
         }
     }
 
@@ -73,6 +76,11 @@ impl Heard {
     /// What the log said of failures, oldest first.
     pub fn signatures(&self) -> Vec<Signature> {
         self.signatures.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What its figures say that nobody meant.
+    pub fn remarks(&self, expected: &Expected) -> Vec<Remark> {
+        self.figures.lock().unwrap_or_else(PoisonError::into_inner).remarks(expected)
     }
 
     fn blame(&self, signature: Signature) {
@@ -150,6 +158,9 @@ fn one(
     heard.keep(text.as_bytes());
     if let Some(fact) = line.fact {
         let said = Said { rank, fact };
+        if matches!(said.fact, Fact::PrefillBatch { .. } | Fact::DecodeBatch { .. } | Fact::SchedulerReady) {
+            heard.figures.lock().unwrap_or_else(PoisonError::into_inner).observe(said.fact, &line.message);
+        }
         if let Fact::Fatal(signature) = said.fact {
             heard.blame(signature);
         }

@@ -30,6 +30,9 @@ pub struct Status {
     pub proxy: ProxyStatus,
     /// Progress of the weights, while they are fetched.
     pub weights: Option<WeightsStatus>,
+    /// How much of the weights was read into memory ahead of the engine, while that is done.
+    #[serde(default)]
+    pub read_ahead: Option<ReadAhead>,
     pub listen: Listening,
     /// What is not as it should be, though it works.
     pub warnings: Vec<String>,
@@ -69,6 +72,22 @@ pub struct EngineStatus {
     pub ranks: Vec<RankStatus>,
     /// A hang is suspected since this many seconds.
     pub suspected_seconds: Option<u64>,
+    /// Why; empty when none is suspected.
+    #[serde(default)]
+    pub suspicion: String,
+    /// How often a hang was suspected since sglangd's start.
+    #[serde(default)]
+    pub suspected_total: u64,
+    /// What its own figures say that nobody meant; in `warnings` too.
+    #[serde(default)]
+    pub remarks: Vec<RemarkStatus>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemarkStatus {
+    /// `speculation_idle`, `kv_cache_small`, `prefix_cache_idle` or `kernels_cold`.
+    pub kind: String,
+    pub text: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,6 +136,13 @@ pub struct WeightsStatus {
     pub rate: u64,
     /// Nothing has come for a while.
     pub stalled: bool,
+}
+
+/// Bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadAhead {
+    pub done: u64,
+    pub total: u64,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -151,6 +151,10 @@ fn own(status: &Status) -> String {
     gauge("sglangd_uptime_seconds", "Since sglangd's start.", &[], status.uptime_seconds as f64);
     let suspected = f64::from(u8::from(status.engine.suspected_seconds.is_some()));
     gauge("sglangd_engine_hang_suspected", "1 while a hang of the engine is suspected.", &[], suspected);
+    for remark in &status.engine.remarks {
+        let help = "1 for each thing that the engine's figures say and nobody meant.";
+        gauge("sglangd_engine_remark", help, &[("kind", &remark.kind)], 1.0);
+    }
     gauge(
         "sglangd_warnings",
         "Things that are not as they should be, though it works; see status.",
@@ -166,6 +170,16 @@ fn own(status: &Status) -> String {
     if let Some(weights) = &status.weights {
         gauge("sglangd_weights_bytes", "Bytes of the weights that are there.", &[], weights.done as f64);
         gauge("sglangd_weights_total_bytes", "Bytes of the weights in all.", &[], weights.total as f64);
+        gauge("sglangd_weights_files", "Files of the weights.", &[], weights.files as f64);
+        gauge("sglangd_weights_bytes_per_second", "At which the weights arrive.", &[], weights.rate as f64);
+        let stalled = f64::from(u8::from(weights.stalled));
+        gauge("sglangd_weights_stalled", "1 while no byte of the weights arrives.", &[], stalled);
+    }
+    if let Some(ahead) = &status.read_ahead {
+        let help = "Bytes of the weights read into memory ahead of the engine.";
+        gauge("sglangd_weights_read_ahead_bytes", help, &[], ahead.done as f64);
+        let help = "Bytes of the weights that are being read into memory ahead of the engine.";
+        gauge("sglangd_weights_read_ahead_total_bytes", help, &[], ahead.total as f64);
     }
     let counter = |name: &str, help: &str, value: u64| {
         let counter = IntCounter::new(name, help).expect("names below are valid");
@@ -176,6 +190,11 @@ fn own(status: &Status) -> String {
         "sglangd_engine_restarts_total",
         "Engines started again since sglangd's start.",
         u64::from(status.engine.restarts),
+    );
+    counter(
+        "sglangd_engine_hangs_suspected_total",
+        "How often a hang of the engine was suspected.",
+        status.engine.suspected_total,
     );
     counter(
         "sglangd_proxy_restarts_total",

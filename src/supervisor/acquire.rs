@@ -2,20 +2,26 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use super::cause::Cause;
 use super::fetcher::{self, Current};
 use crate::config::folders::Folders;
-use crate::config::{Config, Loaded};
-use crate::engine::env::Env;
+use crate::config::{Config, Loaded, ModelSource, Prefetch};
+use crate::engine::env::{self, Env};
 use crate::engine::flags::FlagTable;
 use crate::engine::inspect;
 use crate::engine::resolve::{Resolved, resolve};
 use crate::exit::Exit;
+use crate::launch::beside::Beside;
 use crate::launch::spawner::Spawner;
-use crate::weights::{Pickles, Progress, RepoRequest, Request, Snapshot, Wanted, request_from_config};
+use crate::launch::warm;
+use crate::weights::{Hold, Progress, Proof, RepoRequest, Request, Snapshot, Wanted, request_from_config};
 
 /// What the later steps of a start need from this one.
 #[derive(Debug, Clone)]
@@ -24,7 +30,16 @@ pub struct Acquired {
     pub snapshots: Vec<Snapshot>,
     /// Of the engine whose table the flags were checked against; none for the bundled table.
     pub engine_version: Option<String>,
+    /// Where weights lie, the model's first.
+    pub folders: Vec<PathBuf>,
+    /// The snapshots, kept from being tidied away.
+    pub held: Vec<Arc<Hold>>,
 }
+
+/// A fetch that ends within this long needs no import beside it: the engine's own would only be slowed.
+const WORTH_IT: Duration = Duration::from_secs(1);
+/// Tidying takes moments.
+const HOLD_LIMIT: Duration = Duration::from_secs(5);
 
 /// What it is done with.
 #[derive(Debug, Clone)]
@@ -41,6 +56,7 @@ pub async fn acquire(
     means: &Means,
     spawner: &Spawner,
     current: &Current,
+    beside: &Beside,
     progress: &mpsc::Sender<Progress>,
     phase: &mpsc::Sender<String>,
 ) -> Result<Acquired, Cause> {
@@ -66,10 +82,53 @@ pub async fn acquire(
         Some(request) => {
             let _ = phase.try_send("looking at what is there and what the hub has".into());
             let env = fetcher_env(&means.loaded.config, &means.own_env);
-            fetcher::fetch(spawner, current, &request, env, progress).await?
+            let begun = CancellationToken::new();
+            let warm = tokio::spawn(warm_up(means.clone(), spawner.clone(), beside.clone(), begun.clone()));
+            let fetched = fetcher::fetch(spawner, current, &request, env, progress).await;
+            // Whether it began or not: nothing of it is left when this step ends, however it ends.
+            begun.cancel();
+            let _ = warm.await;
+            beside.end().await;
+            fetched?
         }
     };
-    Ok(Acquired { resolved, snapshots, engine_version })
+    let folders = match &means.loaded.config.model.source {
+        ModelSource::Folder(folder) => vec![folder.clone()],
+        ModelSource::Repo { .. } => snapshots.iter().map(|snapshot| snapshot.path.clone()).collect(),
+    };
+    let held = hold(&folders).await;
+    Ok(Acquired { resolved, snapshots, engine_version, folders, held })
+}
+
+/// Nobody tidies away what an engine was started on, nor what the next one will be.
+async fn hold(folders: &[PathBuf]) -> Vec<Arc<Hold>> {
+    let mut held = Vec::new();
+    for folder in folders {
+        match tokio::time::timeout(HOLD_LIMIT, Hold::wait(folder)).await {
+            Ok(Ok(hold)) => held.push(Arc::new(hold)),
+            // A folder that is not there is the engine's to complain about.
+            Ok(Err(_)) => {}
+            Err(_) => tracing::warn!("{} is just being tidied away", folder.display()),
+        }
+    }
+    held
+}
+
+/// Imports the engine's Python for nobody, if the fetch takes longer than a moment.
+async fn warm_up(means: Means, spawner: Spawner, beside: Beside, fetched: CancellationToken) {
+    let config = &means.loaded.config;
+    let Ok(Some(python)) = inspect::interpreter(&config.engine) else { return };
+    if config.weights.prefetch == Prefetch::Never || tokio::time::timeout(WORTH_IT, fetched.cancelled()).await.is_ok() {
+        return;
+    }
+    let folder = means.folders.runtime.join("warm");
+    let cache_dir = means.folders.engine_cache();
+    let start = env::Start { launch_id: "", tmpdir: &folder, cache_dir: &cache_dir };
+    let env = env::engine(config, &means.own_env, start);
+    match warm::start(&beside, &spawner, &python, &env, &folder).await {
+        Ok(()) => tracing::info!("the engine's Python is imported once ahead, while the weights arrive"),
+        Err(error) => tracing::debug!("the engine's Python is not imported ahead: {error}"),
+    }
 }
 
 fn fetcher_env(config: &Config, own: &Env) -> BTreeMap<OsString, OsString> {
@@ -84,10 +143,9 @@ pub fn request(config: &Config, resolved: &Resolved) -> Option<Request> {
         .iter()
         .map(|extra| RepoRequest {
             flag: Some(extra.flag.clone()),
-            repo: extra.repo.clone(),
-            revision: extra.revision.clone(),
             files: if extra.flag.contains("tokenizer") { Wanted::NoWeights } else { wanted },
-            pickles: Pickles::default(),
+            pickles: config.weights.pickles.into(),
+            ..RepoRequest::model(&extra.repo, &extra.revision)
         })
         .collect();
     match request_from_config(config, wanted) {
@@ -101,6 +159,7 @@ pub fn request(config: &Config, resolved: &Resolved) -> Option<Request> {
             cache: config.weights.cache.clone(),
             endpoint: config.weights.endpoint.clone(),
             download: config.weights.download,
+            proof: Proof::Kept,
         }),
     }
 }

@@ -39,6 +39,14 @@ pub fn not_started(program: &str, error: &io::Error) -> Cause {
     }
 }
 
+/// Why the supervisor ends an engine whose main process lives, in a sentence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Judged {
+    Hung(String),
+    /// A rank died, of something that the log may tell.
+    RankDied(String),
+}
+
 /// What was found with a dead or hung engine.
 #[derive(Debug)]
 pub struct Found {
@@ -47,7 +55,7 @@ pub struct Found {
     pub tail: Vec<Vec<u8>>,
     pub signatures: Vec<Signature>,
     /// The supervisor's own judgement, where it ended a living engine.
-    pub verdict: Option<String>,
+    pub verdict: Option<Judged>,
 }
 
 /// One class, one sentence, one piece of advice. `before`: the class of the start before this one, if
@@ -56,6 +64,7 @@ pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {
     let how = match (found.ended, &found.verdict) {
         (Some(Ended::Exited(code)), _) => How::Exited(code),
         (Some(Ended::Signaled(signal)), _) => How::Signaled(signal),
+        (None, Some(Judged::RankDied(_))) => How::RankDied,
         (None, _) => How::Hung,
     };
     let evidence =
@@ -74,7 +83,12 @@ pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {
     };
     Cause {
         failure: Failure { class, retry, exit: exit.code() },
-        sentence: found.verdict.clone().unwrap_or(cause.sentence),
+        sentence: match &found.verdict {
+            Some(Judged::Hung(sentence)) => sentence.clone(),
+            // The engine's own words say more, where it had any.
+            Some(Judged::RankDied(sentence)) if found.signatures.is_empty() => sentence.clone(),
+            Some(Judged::RankDied(_)) | None => cause.sentence,
+        },
         advice: cause.advice.to_owned(),
     }
 }

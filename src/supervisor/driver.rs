@@ -6,6 +6,7 @@
 mod act;
 mod duty;
 mod tell;
+mod vigil;
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
@@ -16,10 +17,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::acquire::{Acquired, Means};
+use super::ahead::Reading;
 use super::cause::Cause;
 use super::fetcher::Current;
 use super::half::{Half, HalfView, Orders};
 use super::loading::Loading;
+use super::look::Look;
 use super::prepare::Prepared;
 use super::report::{Facts, Systemd, headline};
 use super::running::{Notice, Running, Stuck};
@@ -28,16 +31,19 @@ use crate::config::Config;
 use crate::config::folders::Folders;
 use crate::config::{Loaded, OnGiveUp};
 use crate::engine::env::Env;
+use crate::engine::remarks::Expected;
 use crate::exit::Exit;
+use crate::health::loads::Figures;
 use crate::health::probe::Pulse;
-use crate::health::verdict::LastProbe;
+use crate::launch::beside::Beside;
 use crate::launch::guard::Guarded;
 use crate::launch::output::Said;
 use crate::launch::spawner::Spawner;
-use crate::link::status::{Listening, RankStatus, Status, WeightsStatus};
+use crate::link::status::{Listening, RankStatus, ReadAhead, Status, WeightsStatus};
 use crate::link::{EngineView, ProxySettings};
 use crate::shutdown::{Signals, Wish};
 use crate::weights::Progress;
+use crate::weights::ahead::Ahead;
 
 /// Results of the driver's own tasks: one of each kind at a time.
 const REPORTS: usize = 32;
@@ -63,6 +69,8 @@ enum Report {
     Prepared(Result<Box<Prepared>, Cause>),
     Examined(Cause),
     Pulse(Pulse),
+    Looked(Box<Look>),
+    Figures { of: i32, figures: Figures },
     Notice(Notice),
     TreeEmpty,
     Released { roll: u16 },
@@ -76,6 +84,7 @@ enum Turn {
     Said(Said),
     Step(Progress),
     Phase(String),
+    Ahead(Ahead),
     Traffic,
     Due,
     Beat,
@@ -167,7 +176,15 @@ pub struct Driver {
     phasing: mpsc::Receiver<String>,
 
     current: Current,
+    /// Imports ahead of the engine while weights are fetched.
+    warming: Beside,
+    /// Reads shards ahead of the engine while it imports.
+    reading: Option<Reading>,
+    read_ahead: Option<ReadAhead>,
+    ahead: mpsc::Sender<Ahead>,
+    hearing_ahead: mpsc::Receiver<Ahead>,
     stuck: Stuck,
+    acquiring: Option<tokio::task::JoinHandle<()>>,
     acquired: Option<Acquired>,
     preparing: Option<tokio::task::JoinHandle<()>>,
     prepared: Option<Box<Prepared>>,
@@ -178,7 +195,11 @@ pub struct Driver {
     last_exit: Option<String>,
     ranks: Vec<RankStatus>,
     warnings: Vec<String>,
-    pulse: duty::PulseState,
+    vigil: vigil::Vigil,
+    /// How often a hang was suspected.
+    suspicions: u64,
+    /// What the flags lead to expect of the engine's figures.
+    expected: Expected,
     stop_asked: Option<Instant>,
     exit: Option<u8>,
 }
@@ -195,6 +216,7 @@ impl Driver {
         let (said, hearing) = mpsc::channel(FACTS);
         let (steps, downloading) = mpsc::channel(STEPS);
         let (phases, phasing) = mpsc::channel(STEPS);
+        let (ahead, hearing_ahead) = mpsc::channel(STEPS);
         let means = Means { loaded, folders, own_env: own_env.clone(), inspect_arguments };
 
         let facts = Facts {
@@ -213,11 +235,14 @@ impl Driver {
             last_exit: None,
             snapshots: &[],
             weights: None,
+            read_ahead: None,
             half: &HalfView::default(),
             listen: &listen,
             warnings: &warnings,
             uptime: Duration::ZERO,
-            suspected: None,
+            suspicion: None,
+            suspicions: 0,
+            remarks: &[],
         };
         let (status, status_reader) = watch::channel(facts.status());
         let (engine_view, engine_reader) = watch::channel(facts.view());
@@ -261,6 +286,12 @@ impl Driver {
             phases,
             phasing,
             current: Current::default(),
+            warming: Beside::default(),
+            reading: None,
+            read_ahead: None,
+            ahead,
+            hearing_ahead,
+            acquiring: None,
             stuck: Arc::new(Mutex::new(String::new())),
             acquired: None,
             preparing: None,
@@ -272,7 +303,9 @@ impl Driver {
             last_exit: None,
             ranks: Vec::new(),
             warnings,
-            pulse: duty::PulseState::default(),
+            vigil: vigil::Vigil::default(),
+            suspicions: 0,
+            expected: Expected::default(),
             stop_asked: None,
             exit: None,
         };
@@ -306,6 +339,7 @@ impl Driver {
                 Some(said) = self.hearing.recv() => Turn::Said(said),
                 Some(step) = self.downloading.recv() => Turn::Step(step),
                 Some(phase) = self.phasing.recv() => Turn::Phase(phase),
+                Some(ahead) = self.hearing_ahead.recv() => Turn::Ahead(ahead),
                 Ok(()) = self.half_view.changed() => Turn::Traffic,
                 () = sleep_until(due) => Turn::Due,
                 _ = beat.tick() => Turn::Beat,
@@ -317,6 +351,7 @@ impl Driver {
                 Turn::Said(said) => self.heard(said).await,
                 Turn::Step(step) => self.downloaded(&step),
                 Turn::Phase(phase) => self.loading.named(phase),
+                Turn::Ahead(ahead) => self.read_ahead_is(ahead),
                 Turn::Traffic => self.traffic_changed().await,
                 Turn::Due => self.on(Event::Tick).await,
                 Turn::Beat => self.beat().await,
@@ -340,23 +375,19 @@ impl Driver {
 
     /// What belongs to a state from its first moment.
     fn entered(&mut self) {
+        if !matches!(self.machine.state, State::Launching | State::Loading { .. }) {
+            self.stop_reading_ahead();
+        }
         match self.machine.state {
             State::Fetching | State::Preparing => {
                 self.loading = Loading::default();
-                self.pulse = duty::PulseState::default();
+                self.vigil = vigil::Vigil::of(self.expected.clone());
             }
             State::Launching => self.weights = None,
             State::Ready => {
                 self.cause = None;
-                if let Some(engine) = &mut self.engine {
-                    engine.stop_watching();
-                    let named = engine.named_ranks();
-                    engine.ranks = named.iter().map(|(_, stat)| stat.clone()).collect();
-                    self.ranks = named.into_iter().map(|(name, _)| name).collect();
-                }
+                self.begin_watch();
                 self.loading.ready();
-                self.pulse.passed();
-                self.pulse.served = true;
             }
             _ => {}
         }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -30,24 +30,45 @@ const MAX_OUTPUT: u64 = 64 << 10;
 
 /// The child that runs at the moment, so that a stop can end it.
 #[derive(Debug, Clone, Default)]
-pub struct Current(Arc<Mutex<Option<OwnedFd>>>);
+pub struct Current(Arc<Mutex<Child>>);
+
+#[derive(Debug, Default)]
+struct Child {
+    handle: Option<OwnedFd>,
+    /// Nothing is wanted any more: what is only now being started is ended at once.
+    unwanted: bool,
+}
 
 impl Current {
-    fn set(&self, child: Option<OwnedFd>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = child;
+    fn lock(&self) -> MutexGuard<'_, Child> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new start: its children are wanted.
+    pub fn begin(&self) {
+        self.lock().unwanted = false;
+    }
+
+    fn set(&self, handle: Option<OwnedFd>) {
+        let mut child = self.lock();
+        child.handle = handle;
+        if let (Some(handle), true) = (&child.handle, child.unwanted) {
+            // Gone already: as it is to be.
+            let _ = proc::signal(handle.as_fd(), Signal::KILL);
+        }
     }
 
     fn signal(&self, signal: Signal) -> bool {
-        let child = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        child.as_ref().is_some_and(|child| proc::signal(child.as_fd(), signal).is_ok())
+        self.lock().handle.as_ref().is_some_and(|child| proc::signal(child.as_fd(), signal).is_ok())
     }
 
     fn is_running(&self) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.lock().handle.is_some()
     }
 
-    /// SIGTERM, then SIGKILL; returns when the child is gone.
+    /// SIGTERM, then SIGKILL; returns when the child is gone. What starts after this is ended at once.
     pub async fn end(&self) {
+        self.lock().unwanted = true;
         if !self.signal(Signal::TERM) {
             return;
         }
@@ -152,7 +173,7 @@ fn failed(class: &str, retry_after: Option<u64>, message: String) -> Cause {
     if retry_after.is_some() {
         Cause::passing("weights_unreachable", Exit::Weights.code(), message, "")
     } else {
-        let class = if class == "no_space" { "disk" } else { "weights" };
+        let class = if matches!(class, "no-space" | "disk-full" | "disk") { "disk" } else { "weights" };
         Cause::never(class, Exit::Weights.code(), message, "")
     }
 }

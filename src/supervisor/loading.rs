@@ -48,6 +48,11 @@ impl Memory {
         Self(state.join("starts").join(format!("{name:016x}.json")))
     }
 
+    /// A file of another kind about the same starts.
+    pub fn beside(&self, extension: &str) -> PathBuf {
+        self.0.with_extension(extension)
+    }
+
     fn recall(&self) -> Option<History> {
         serde_json::from_slice(&fs::read(&self.0).ok()?).ok()
     }
@@ -86,6 +91,8 @@ pub struct Loading {
     /// What happens outside the engine's log.
     named: String,
     fetch_eta: Option<u64>,
+    /// Bytes read and bytes to read, while what is there is proved.
+    proved: Option<(u64, u64)>,
     start: Option<Start>,
 }
 
@@ -102,6 +109,14 @@ impl Loading {
             Pace::Stalled => "fetching the weights (stalled)".into(),
         };
         self.fetch_eta = eta_seconds;
+        self.proved = None;
+    }
+
+    /// What is there is read and compared.
+    pub fn verifying(&mut self, file: &str, done: u64, total: u64) {
+        self.named = format!("verifying {file}");
+        self.fetch_eta = None;
+        self.proved = Some((done, total));
     }
 
     /// The engine's process exists.
@@ -152,6 +167,9 @@ impl Loading {
     }
 
     pub fn percent(&self, state: &State, weights: Option<&WeightsStatus>) -> Option<f32> {
+        if let (State::Fetching, Some((done, total))) = (state, self.proved.filter(|(_, total)| *total > 0)) {
+            return Some((done as f64 / total as f64 * 100.0) as f32);
+        }
         match (state, weights, &self.start) {
             (State::Fetching, Some(w), _) if w.total > 0 => Some((w.done as f64 / w.total as f64 * 100.0) as f32),
             // The engine's own 100 is the ready line; here it is not ready before its /health said so.

@@ -3,16 +3,19 @@
 //! `step` decides (pure), with `restart`'s word on whether a start is tried again; `driver` carries out and reports back (the only async file).
 
 pub mod acquire;
+pub mod ahead;
 pub mod autopsy;
 pub mod cause;
 pub mod driver;
 pub mod fetcher;
 pub mod half;
 pub mod loading;
+pub mod look;
 pub mod prepare;
 pub mod report;
 pub mod restart;
 pub mod running;
 pub mod step;
+pub mod warmth;
 #[cfg(test)]
 mod worlds;

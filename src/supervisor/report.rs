@@ -11,8 +11,10 @@ use super::half::HalfView;
 use super::running::Running;
 use super::step::{Machine, State};
 use crate::config::{Config, ModelSource};
+use crate::engine::remarks::Remark;
 use crate::link::status::{
-    EngineStatus, Listening, ModelStatus, ProxyStatus, RankStatus, Requests, Status, WeightsStatus,
+    EngineStatus, Listening, ModelStatus, ProxyStatus, RankStatus, ReadAhead, RemarkStatus, Requests, Status,
+    WeightsStatus,
 };
 use crate::link::{EngineState, EngineView};
 use crate::weights::Snapshot;
@@ -24,6 +26,14 @@ const HOLD_OVER_RESTART: Duration = Duration::from_secs(30);
 const MORE_TIME: Duration = Duration::from_mins(1);
 /// And asked at most this often.
 const ASK_EVERY: Duration = Duration::from_secs(10);
+
+/// A hang that nobody acts upon yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Suspicion {
+    pub silence: Duration,
+    /// In words that go on from "the engine hung:".
+    pub why: String,
+}
 
 /// Everything a report is made from; borrowed from the driver.
 #[derive(Debug)]
@@ -44,11 +54,14 @@ pub struct Facts<'a> {
     pub last_exit: Option<&'a str>,
     pub snapshots: &'a [Snapshot],
     pub weights: Option<&'a WeightsStatus>,
+    pub read_ahead: Option<ReadAhead>,
     pub half: &'a HalfView,
     pub listen: &'a Listening,
     pub warnings: &'a [String],
     pub uptime: Duration,
-    pub suspected: Option<Duration>,
+    pub suspicion: Option<&'a Suspicion>,
+    pub suspicions: u64,
+    pub remarks: &'a [Remark],
 }
 
 /// The state's name for everybody outside.
@@ -138,7 +151,10 @@ impl Facts<'_> {
                 command: self.config.engine.command.clone(),
                 port: self.engine.map(|e| e.upstream.addr.port()),
                 ranks: self.ranks.to_vec(),
-                suspected_seconds: self.suspected.map(|d| d.as_secs()),
+                suspected_seconds: self.suspicion.map(|s| s.silence.as_secs()),
+                suspicion: self.suspicion.map(|s| s.why.clone()).unwrap_or_default(),
+                suspected_total: self.suspicions,
+                remarks: self.remarks.iter().map(shown).collect(),
             },
             requests: Requests {
                 in_flight: self.half.traffic.in_flight,
@@ -152,10 +168,12 @@ impl Facts<'_> {
             },
             proxy: ProxyStatus { pid: self.half.pid, restarts: self.half.restarts },
             weights: self.weights.cloned(),
+            read_ahead: self.read_ahead,
             // TLS can be switched by a reload, an address cannot.
             listen: Listening { tls: self.config.listen.tls.is_some(), ..self.listen.clone() },
             warnings: (self.warnings.iter().chain(&self.half.warnings).chain(&self.half.refused))
                 .chain(&self.config.exposure())
+                .chain(self.remarks.iter().map(|remark| &remark.sentence))
                 .cloned()
                 .collect(),
             uptime_seconds: self.uptime.as_secs(),
@@ -193,11 +211,15 @@ impl Facts<'_> {
                 EngineState::Ready | EngineState::Busy => self.engine.map(|e| e.upstream.clone()),
                 _ => None,
             },
-            suspected: self.suspected.is_some(),
+            suspected: self.suspicion.is_some(),
             will_return,
             hold_ms: hold.as_millis() as u64,
         }
     }
+}
+
+fn shown(remark: &Remark) -> RemarkStatus {
+    RemarkStatus { kind: remark.kind.name().to_owned(), text: remark.sentence.clone() }
 }
 
 /// One line for people: the log, systemd's STATUS.

@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use tokio::sync::mpsc;
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 use tokio::time::Instant;
 
 use super::fetcher::Current;
+use super::look;
 use super::prepare::Prepared;
 use crate::engine::argv::LaunchSpec;
 use crate::health::probe::{Look, Pace, look};
@@ -31,6 +32,8 @@ use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
 /// How long the last lines may take to come through the pipes once the main process is dead; its
 /// children may hold them open for longer.
 const LAST_WORDS: Duration = Duration::from_millis(300);
+/// A main process that is killed takes its ranks with it, and they may be seen to end before it is.
+const SETTLE: Duration = Duration::from_millis(100);
 /// Between two rounds of SIGKILL.
 const KILL_ROUND: Duration = Duration::from_millis(200);
 
@@ -46,7 +49,10 @@ pub struct Running {
     /// How it ended, once it did.
     pub ended: Option<Ended>,
     /// The ranks seen when it became ready: one that is gone is a dead engine.
-    pub ranks: Vec<Stat>,
+    ranks: Vec<(RankStatus, Stat)>,
+    /// Tell when one of them ends.
+    endings: JoinSet<()>,
+    notices: mpsc::Sender<Notice>,
     handle: OwnedFd,
     leftovers: Leftovers,
     readers: Vec<JoinHandle<()>>,
@@ -59,6 +65,8 @@ pub struct Running {
 #[derive(Debug)]
 pub enum Notice {
     LooksReady,
+    /// A rank ended, and the main process did not.
+    RankEnded(RankStatus),
     Ended(Ended),
 }
 
@@ -102,6 +110,7 @@ pub async fn launch(
     let streams = [child.stdout.take().map(OwnedFd::from), child.stderr.take().map(OwnedFd::from)];
     let (heard, readers) = output::drain(streams.into_iter().flatten().collect(), secrets, &facts)?;
     let watch = tokio::spawn(watch_readiness(upstream.clone(), tree.clone(), notices.clone())).abort_handle();
+    let also = notices.clone();
     tokio::spawn(async move {
         let how = end.await.unwrap_or(Ended::Exited(-1));
         // The supervisor is gone: nobody to tell.
@@ -117,6 +126,8 @@ pub async fn launch(
         spec,
         ended: None,
         ranks: Vec::new(),
+        endings: JoinSet::new(),
+        notices: also,
         handle: child.pidfd,
         leftovers,
         readers,
@@ -194,32 +205,50 @@ impl Running {
         }
     }
 
-    /// The engine's processes by their titles.
-    pub fn named_ranks(&self) -> Vec<(RankStatus, Stat)> {
-        let mut ranks: Vec<(RankStatus, Stat)> = self
-            .tree
-            .members()
-            .into_iter()
-            .filter_map(|stat| {
-                let title = proc::command_line(stat.pid);
-                let name = title.split_whitespace().next()?.to_owned();
-                name.starts_with("sglang::").then_some((RankStatus { name, pid: stat.pid }, stat))
-            })
-            .collect();
-        ranks.sort_by(|a, b| a.0.name.cmp(&b.0.name));
-        ranks
+    /// Knows its ranks by what they are now, and tells of each that ends from now on.
+    pub fn note_ranks(&mut self) -> Vec<RankStatus> {
+        self.ranks = look::ranks(&self.tree.members());
+        self.endings = JoinSet::new();
+        for (rank, stat) in &self.ranks {
+            // Gone already, or no handle to be had: whoever looks each second sees that.
+            if let Some(handle) = proc::open(stat.pid, stat.start_time) {
+                self.endings.spawn(tell_its_end(handle, rank.clone(), self.pid, self.notices.clone()));
+            }
+        }
+        self.ranks.iter().map(|(rank, _)| rank.clone()).collect()
     }
 
     /// A rank that was there when it became ready and is not any more.
-    pub fn dead_rank(&self) -> Option<&Stat> {
-        self.ranks
-            .iter()
-            .find(|rank| proc::stat(rank.pid).is_none_or(|now| now.start_time != rank.start_time || now.is_zombie()))
+    pub fn dead_rank(&self) -> Option<&RankStatus> {
+        let dead = |(_, then): &&(RankStatus, Stat)| {
+            proc::stat(then.pid).is_none_or(|now| now.start_time != then.start_time || now.is_zombie())
+        };
+        self.ranks.iter().find(dead).map(|(rank, _)| rank)
+    }
+
+    /// A rank, or the main process, that somebody has stopped.
+    pub fn stopped(&self) -> Option<RankStatus> {
+        let is_stopped = |pid: i32| proc::stat(pid).is_some_and(|now| now.is_stopped());
+        let rank = self.ranks.iter().map(|(rank, _)| rank).find(|rank| is_stopped(rank.pid));
+        rank.cloned()
+            .or_else(|| is_stopped(self.pid).then(|| RankStatus { name: "its main process".into(), pid: self.pid }))
     }
 
     /// How to end it and everything it started.
     pub fn end(&self) -> End {
         End { tree: Some((self.tree.clone(), self.leftovers.clone())) }
+    }
+}
+
+/// Waits for a rank's end: a handle on a process becomes readable with it, collected or not.
+async fn tell_its_end(handle: OwnedFd, rank: RankStatus, main: i32, notices: mpsc::Sender<Notice>) {
+    if crate::sys::end::of(handle).await.is_err() {
+        return;
+    }
+    tokio::time::sleep(SETTLE).await;
+    // A main process that went first, or with it, tells its own end.
+    if proc::stat(main).is_some_and(|main| !main.is_zombie()) {
+        let _ = notices.send(Notice::RankEnded(rank)).await;
     }
 }
 

@@ -2,7 +2,9 @@
 //!
 //! Each file with `unsafe` begins with its safety contract. Nothing here knows what an engine is.
 
+pub mod end;
 pub mod fd;
+pub mod priority;
 pub mod proc;
 pub mod seccomp;
 pub mod spawn;

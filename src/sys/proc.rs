@@ -29,6 +29,11 @@ impl Stat {
     pub fn is_zombie(&self) -> bool {
         matches!(self.state, 'Z' | 'X')
     }
+
+    /// Stopped by a signal. Not `t`: a debugger or a profiler holds it, for as long as it looks.
+    pub fn is_stopped(&self) -> bool {
+        self.state == 'T'
+    }
 }
 
 /// The process of this pid; `None` where there is none (any more).
@@ -56,6 +61,28 @@ fn parse_stat(text: &str) -> Option<Stat> {
         sid: fields.get(3)?.parse().ok()?,
         start_time: fields.get(19)?.parse().ok()?,
     })
+}
+
+/// CPU time that a process has used, in clock ticks.
+pub fn cpu_ticks(pid: i32) -> Option<u64> {
+    parse_cpu_ticks(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+fn parse_cpu_ticks(text: &str) -> Option<u64> {
+    let (_, rest) = text.rsplit_once(')')?;
+    let mut fields = rest.split_whitespace().skip(11);
+    Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
+}
+
+/// Bytes that a process has read so far: by system calls (from anything) and, where that is not the same
+/// (mapped files), from disks. What comes from a disk by a call counts twice: the sum only tells growth.
+pub fn bytes_read(pid: i32) -> Option<u64> {
+    parse_bytes_read(&fs::read_to_string(format!("/proc/{pid}/io")).ok()?)
+}
+
+fn parse_bytes_read(text: &str) -> Option<u64> {
+    let of = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
+    Some(of("rchar:")?.saturating_add(of("read_bytes:")?))
 }
 
 /// The command line as one text; empty for zombies and kernel threads.
@@ -164,6 +191,20 @@ mod tests {
         let stat = parse_stat(line).expect("a stat line");
         assert_eq!((stat.pid, stat.comm.as_str(), stat.state), (42, "a) b (c", 'S'));
         assert_eq!((stat.ppid, stat.pgid, stat.sid, stat.start_time), (1, 40, 39, 987_654));
+    }
+
+    #[test]
+    fn time_used_and_bytes_read_are_found() {
+        let line = "42 (a) b (c) S 1 40 39 0 -1 4194560 1 2 3 4 500 60 7 8 20 0 1 0 987654 10 20 1 2 3";
+        assert_eq!(parse_cpu_ticks(line), Some(560));
+        let io = "rchar: 1000\nwchar: 5\nsyscr: 1\nsyscw: 1\nread_bytes: 4096\nwrite_bytes: 0\n";
+        assert_eq!(parse_bytes_read(io), Some(5096));
+        assert_eq!(parse_bytes_read(""), None);
+        let own = i32::try_from(std::process::id()).expect("a pid");
+        let before = bytes_read(own).expect("our own entry");
+        fs::read("/proc/self/environ").expect("our own environment");
+        assert!(bytes_read(own).expect("our own entry") > before);
+        assert!(cpu_ticks(own).is_some());
     }
 
     #[test]

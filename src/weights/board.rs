@@ -87,7 +87,7 @@ impl Board {
     pub fn bytes(&self, meter: &mut Meter) -> Progress {
         let now = Instant::now();
         let done = self.done();
-        meter.note(now, done);
+        meter.note(now, done, self.read());
         let (rate_bytes_per_s, eta_seconds, pace) = meter.read(now, done);
         let files = locked(&self.files)
             .iter()
@@ -95,6 +95,21 @@ impl Board {
             .map(|f| FileProgress { name: f.name.clone(), done: f.done.load(Ordering::Relaxed), total: f.size })
             .collect();
         Progress::Bytes { done, total: self.total(), rate_bytes_per_s, eta_seconds, pace, files }
+    }
+
+    /// What is to be said now: what is read and proved, what is fetched, or both.
+    pub fn reports(&self, meter: &mut Meter) -> impl Iterator<Item = Progress> {
+        let bytes = self.bytes(meter);
+        let fetching = matches!(&bytes, Progress::Bytes { files, .. } if !files.is_empty());
+        let verifying = self.verifying();
+        // Where all that happens is reading, all bytes are there and "100 % fetched" says nothing.
+        let bytes = (fetching || verifying.is_none()).then_some(bytes);
+        verifying.into_iter().chain(bytes)
+    }
+
+    /// Bytes read so far to prove what was there.
+    fn read(&self) -> u64 {
+        locked(&self.files).iter().map(|f| f.proved.load(Ordering::Relaxed)).sum()
     }
 
     /// How far the reading of what was there is; none: nothing is read.

@@ -75,7 +75,8 @@ impl RepoCache {
         Self { root: root.to_owned(), folder: format!("models--{}", repo.replace('/', "--")) }
     }
 
-    fn dir(&self) -> PathBuf {
+    /// `models--owner--name`.
+    pub fn dir(&self) -> PathBuf {
         self.root.join(&self.folder)
     }
 
@@ -88,14 +89,18 @@ impl RepoCache {
     }
 
     pub fn lock(&self, hash: &Hash) -> PathBuf {
-        self.root.join(".locks").join(&self.folder).join(format!("{}.lock", hash.hex()))
+        self.lock_folder().join(format!("{}.lock", hash.hex()))
+    }
+
+    pub fn lock_folder(&self) -> PathBuf {
+        self.root.join(".locks").join(&self.folder)
     }
 
     pub fn snapshot(&self, commit: &str) -> PathBuf {
         self.dir().join("snapshots").join(commit)
     }
 
-    fn marker_path(&self, commit: &str) -> PathBuf {
+    pub fn marker_path(&self, commit: &str) -> PathBuf {
         self.dir().join(format!(".sglangd-complete-{commit}.json"))
     }
 
@@ -142,9 +147,38 @@ impl RepoCache {
         [self.snapshot(commit).join(&file.name), self.blob(&file.hash)].into_iter().find(|path| path.is_file())
     }
 
+    /// Puts a finished blob into the snapshot under each of its names.
+    pub fn link_all(&self, commit: &str, file: &RemoteFile, names: &[String]) -> Result<(), FetchError> {
+        self.link_each(commit, file, names, |target, link| std::os::unix::fs::symlink(target, link))
+    }
+
+    fn link_each(
+        &self,
+        commit: &str,
+        file: &RemoteFile,
+        names: &[String],
+        symlink: impl Fn(&Path, &Path) -> std::io::Result<()>,
+    ) -> Result<(), FetchError> {
+        for name in names {
+            self.link(commit, &RemoteFile { name: name.clone(), ..file.clone() }, &symlink)?;
+        }
+        // Without links the blob is now the last name's file; the others can only be copies of it.
+        let of = |name: &String| self.snapshot(commit).join(name);
+        let Some(whole) = names.iter().map(of).find(|path| path.is_file()) else { return Ok(()) };
+        for pointer in names.iter().map(of).filter(|path| !path.is_file()) {
+            fs::copy(&whole, &pointer).map_err(|source| FetchError::disk(&pointer, &file.name, source))?;
+        }
+        Ok(())
+    }
+
     /// Puts a finished blob into the snapshot. Where links do not work, the blob itself moves there:
     /// huggingface_hub does the same, and a copy would double 800 GB.
-    pub fn link(&self, commit: &str, file: &RemoteFile) -> Result<(), FetchError> {
+    fn link(
+        &self,
+        commit: &str,
+        file: &RemoteFile,
+        symlink: impl Fn(&Path, &Path) -> std::io::Result<()>,
+    ) -> Result<(), FetchError> {
         let pointer = self.snapshot(commit).join(&file.name);
         let blob = self.blob(&file.hash);
         let depth = 1 + file.name.matches('/').count();
@@ -162,8 +196,10 @@ impl RepoCache {
         // Made beside and renamed over, so that the name is never absent while somebody reads.
         let fresh = pointer.with_file_name(format!(".{}.sglangd", file.hash.hex()));
         remove(&fresh).map_err(disk)?;
-        match std::os::unix::fs::symlink(&target, &fresh) {
+        match symlink(&target, &fresh) {
             Ok(()) => fs::rename(&fresh, &pointer).map_err(disk),
+            // Another of the file's names has it already.
+            Err(error) if no_links_here(&error) && !blob.exists() => Ok(()),
             Err(error) if no_links_here(&error) => fs::rename(&blob, &pointer).map_err(disk),
             Err(error) => Err(disk(error)),
         }
@@ -214,13 +250,15 @@ impl RepoCache {
     /// Whether the cache may be written to, without trying.
     pub fn access(&self) -> Access {
         use nix::unistd::{AccessFlags, access};
-        // The nearest folder that exists decides: it is where the first mkdir would happen.
-        let blobs = self.dir().join("blobs");
-        let nearest = blobs.ancestors().find(|dir| dir.exists()).unwrap_or(&self.root);
-        match access(nearest, AccessFlags::W_OK) {
-            Ok(()) => Access::ReadWrite,
-            Err(_) => Access::ReadOnly,
-        }
+        // The nearest folder that exists decides: it is where the first mkdir would happen. Another user's cache may
+        // be closed in one place and open in the other.
+        let writable = |folder: PathBuf| {
+            let nearest = folder.ancestors().find(|dir| dir.exists()).unwrap_or(&self.root);
+            access(nearest, AccessFlags::W_OK).is_ok()
+        };
+        let mut all =
+            ["blobs", "snapshots", "refs"].map(|part| self.dir().join(part)).into_iter().chain([self.lock_folder()]);
+        if all.all(writable) { Access::ReadWrite } else { Access::ReadOnly }
     }
 
     /// Bytes free for this user on the cache's disk.
@@ -294,10 +332,33 @@ mod tests {
         let file = file("sub/deeper/x.json");
         fs::create_dir_all(cache.blob(&file.hash).parent().unwrap()).unwrap();
         fs::write(cache.blob(&file.hash), "abc").unwrap();
-        cache.link(COMMIT, &file).unwrap();
-        cache.link(COMMIT, &file).unwrap();
+        let names = [file.name.clone()];
+        cache.link_all(COMMIT, &file, &names).unwrap();
+        cache.link_all(COMMIT, &file, &names).unwrap();
         assert_eq!(fs::read_to_string(cache.snapshot(COMMIT).join("sub/deeper/x.json")).unwrap(), "abc");
         assert_eq!(cache.present(COMMIT, &file, None), Present::Whole(3));
+    }
+
+    #[test]
+    fn h11_without_symlinks_the_blob_becomes_the_file_and_only_a_second_name_costs_a_copy() {
+        for refusal in [libc::EPERM, libc::EOPNOTSUPP, libc::ENOSYS] {
+            let root = tempfile::tempdir().unwrap();
+            let cache = RepoCache::new(root.path(), "a/b");
+            let file = file("x.json");
+            fs::create_dir_all(cache.blob(&file.hash).parent().unwrap()).unwrap();
+            fs::write(cache.blob(&file.hash), "abc").unwrap();
+            let names = ["x.json", "sub/y.json"].map(ToOwned::to_owned);
+            let no_links = |_: &Path, _: &Path| Err(std::io::Error::from_raw_os_error(refusal));
+            cache.link_each(COMMIT, &file, &names, no_links).unwrap();
+            for name in &names {
+                assert_eq!(fs::read_to_string(cache.snapshot(COMMIT).join(name)).unwrap(), "abc", "{name}");
+            }
+            assert!(!cache.blob(&file.hash).exists(), "the weights lie there twice");
+            assert_eq!(cache.present(COMMIT, &file, None), Present::Whole(3));
+            // Again, as the next start would: nothing is lost.
+            cache.link_each(COMMIT, &file, &names, no_links).unwrap();
+            assert_eq!(fs::read_to_string(cache.snapshot(COMMIT).join("x.json")).unwrap(), "abc");
+        }
     }
 
     #[test]
@@ -307,7 +368,7 @@ mod tests {
         let file = file("x.json");
         fs::create_dir_all(cache.blob(&file.hash).parent().unwrap()).unwrap();
         fs::write(cache.blob(&file.hash), "abc").unwrap();
-        cache.link(COMMIT, &file).unwrap();
+        cache.link_all(COMMIT, &file, std::slice::from_ref(&file.name)).unwrap();
         cache.write_marker(COMMIT, std::slice::from_ref(&file), &[], Listing::Hub).unwrap();
         let marker = cache.read_marker(COMMIT);
         assert_eq!(cache.present(COMMIT, &file, marker.as_ref()), Present::Verified);

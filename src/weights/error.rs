@@ -40,7 +40,7 @@ pub enum FetchError {
     Empty { repo: String, commit: String },
     #[error(
         "{repo}@{commit} has no safetensors{instead}. Choose a repository that has them: pickles run code when they are \
-         loaded, so they are not fetched unasked",
+         loaded, so they are fetched only with weights.pickles: allow (`fetch --pickles allow`)",
         instead = .pickle.as_ref().map(|name| format!(", only pickles such as {name}")).unwrap_or_default()
     )]
     NoSafetensors { repo: String, commit: String, pickle: Option<String> },

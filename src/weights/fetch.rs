@@ -13,12 +13,14 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use super::board::{Board, Slot};
 use super::cache::{Access, Listing, Marker, RepoCache};
 use super::error::{FetchError, bytes};
+use super::hold::Hold;
 use super::hub::{Fault, Hub, Scope};
 use super::plan::{self, Action, FetchPlan, Hash, Present, RemoteFile, Transport};
 use super::progress::{Meter, Progress, Snapshot};
 use super::settings::{Network, Settings};
+use super::space::Space;
 use super::transfer::{Repo, backoff};
-use super::{RepoRequest, Request, local, name};
+use super::{Proof, RepoRequest, Request, local, name};
 
 /// Between two reports.
 const TICK: Duration = Duration::from_millis(250);
@@ -27,8 +29,6 @@ const NOTES: usize = 16;
 /// Attempts at the first contact: a machine without a network says so in seconds, and the caller decides
 /// whether to come back.
 const CONTACTS: u32 = 3;
-/// Room that is left free beside the bytes to fetch: folders, refs, the marker, other writers.
-const SLACK: u64 = 64 << 20;
 
 /// One repository of the request, with what is to be done.
 #[derive(Debug)]
@@ -46,15 +46,29 @@ impl PlannedRepo {
     pub fn folder(&self) -> PathBuf {
         self.cache.snapshot(&self.plan.commit)
     }
+
+    pub(super) fn cache(&self) -> &RepoCache {
+        &self.cache
+    }
+
+    /// Where there is something to do, nobody tidies the repository meanwhile.
+    async fn hold(&self) -> Option<Hold> {
+        let idle = self.plan.files.iter().all(|f| f.action == Action::Keep);
+        if idle || self.access == Access::ReadOnly {
+            return None;
+        }
+        // What is wrong with the folder shows when the first file is put there, with the file's name.
+        std::fs::create_dir_all(self.cache.dir()).ok()?;
+        Hold::wait(&self.cache.dir()).await.ok()
+    }
 }
 
-/// Finds out what is to be fetched and whether it can be, without writing anything.
+/// Finds out what is to be fetched, without writing anything. Whether it fits is [`Space`]'s.
 pub async fn prepare(request: &Request, settings: &Settings) -> Result<Vec<PlannedRepo>, FetchError> {
     let mut planned = Vec::new();
     for repo in &request.repos {
-        planned.push(prepare_repo(repo, settings).await?);
+        planned.push(prepare_repo(repo, request.proof, settings).await?);
     }
-    preflight(&planned, settings)?;
     Ok(planned)
 }
 
@@ -66,6 +80,11 @@ pub async fn fetch(
     report: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<Vec<Snapshot>, FetchError> {
     let planned = prepare(request, settings).await?;
+    Space::look(&planned, settings)?.enough()?;
+    let mut held = Vec::new();
+    for repo in &planned {
+        held.extend(repo.hold().await);
+    }
     report(Progress::Plan {
         files: planned.iter().map(|p| p.plan.files.len()).sum(),
         bytes_total: planned.iter().map(|p| p.plan.bytes_total()).sum(),
@@ -76,11 +95,12 @@ pub async fn fetch(
     for repo in planned {
         snapshots.push(repo.conclude()?);
     }
+    drop(held);
     report(Progress::Done { snapshots: snapshots.clone() });
     Ok(snapshots)
 }
 
-async fn prepare_repo(request: &RepoRequest, settings: &Settings) -> Result<PlannedRepo, FetchError> {
+async fn prepare_repo(request: &RepoRequest, proof: Proof, settings: &Settings) -> Result<PlannedRepo, FetchError> {
     let refused = |what, value: &str, why| FetchError::BadRequest { what, value: value.to_owned(), why };
     if let Some(why) = name::refuse_repo(&request.repo) {
         return Err(refused("the repository", &request.repo, why));
@@ -91,7 +111,21 @@ async fn prepare_repo(request: &RepoRequest, settings: &Settings) -> Result<Plan
     let cache = RepoCache::new(&settings.cache, &request.repo);
     let access = settings.access.unwrap_or_else(|| cache.access());
     if let Network::Offline(why) = settings.network {
-        return prepare_offline(request, settings, cache, access, why);
+        return prepare_offline(request, proof, settings, cache, access, why);
+    }
+    let kept = |commit: &str| match proof {
+        Proof::Kept => cache.read_marker(commit),
+        Proof::Anew => None,
+    };
+    let complete = |commit: &str, marker: Option<&Marker>, hub: Option<Hub>| {
+        let plan = known_complete(request, &cache, commit, marker?)?;
+        Some(PlannedRepo { request: request.clone(), plan, cache: cache.clone(), hub, listing: Listing::Hub, access })
+    };
+    // A pinned commit that is complete needs no hub, and so no client of one either.
+    if name::is_commit(&request.revision)
+        && let Some(there) = complete(&request.revision, kept(&request.revision).as_ref(), None)
+    {
+        return Ok(there);
     }
     let hub = Hub::new(settings)?;
     let resolved = if name::is_commit(&request.revision) {
@@ -103,23 +137,16 @@ async fn prepare_repo(request: &RepoRequest, settings: &Settings) -> Result<Plan
         Ok(commit) => commit,
         Err(unreachable @ FetchError::Unreachable { .. }) => {
             // A node must come up again while the hub is down, if all it needs is here.
-            let offline = prepare_offline(request, settings, cache, access, "the hub cannot be reached");
+            let offline = prepare_offline(request, proof, settings, cache, access, "the hub cannot be reached");
             return offline.map_err(|_| unreachable).inspect(|repo| {
                 tracing::warn!(repo = %request.repo, commit = %repo.plan.commit, "the hub cannot be reached: using what is cached");
             });
         }
         Err(error) => return Err(error),
     };
-    let marker = cache.read_marker(&commit);
-    if let Some(plan) = marker.as_ref().and_then(|marker| known_complete(request, &cache, &commit, marker)) {
-        return Ok(PlannedRepo {
-            request: request.clone(),
-            plan,
-            cache,
-            hub: Some(hub),
-            listing: Listing::Hub,
-            access,
-        });
+    let marker = kept(&commit);
+    if let Some(there) = complete(&commit, marker.as_ref(), Some(hub.clone())) {
+        return Ok(there);
     }
     let listing = contact(settings, &request.repo, || hub.list(&request.repo, &commit)).await?;
     let plan = plan::plan(request, &commit, listing, |file| cache.present(&commit, file, marker.as_ref()))?;
@@ -167,6 +194,7 @@ fn known_complete(request: &RepoRequest, cache: &RepoCache, commit: &str, marker
 
 fn prepare_offline(
     request: &RepoRequest,
+    proof: Proof,
     settings: &Settings,
     cache: RepoCache,
     access: Access,
@@ -188,10 +216,12 @@ fn prepare_offline(
     if !local.missing.is_empty() {
         return Err(lacks(local.missing));
     }
+    // The marker says what must be there in either case; whether it is believed is another question.
+    let believed = marker.as_ref().filter(|_| proof == Proof::Kept);
     let plan = plan::plan(request, &commit, local.files, |file| match &file.hash {
         // Nothing to compare with but the header, which was looked at.
         Hash::Unknown => Present::Verified,
-        _ => cache.present(&commit, file, marker.as_ref()),
+        _ => cache.present(&commit, file, believed),
     })?;
     if !plan.missing().is_empty() {
         return Err(lacks(plan.missing()));
@@ -230,21 +260,6 @@ where
         tracing::info!(%repo, %cause, wait_ms = pause.as_millis() as u64, "the hub does not answer as it should: asking again");
         tokio::time::sleep(pause).await;
     }
-}
-
-/// Refuses, with numbers, what does not fit onto the disk.
-fn preflight(planned: &[PlannedRepo], settings: &Settings) -> Result<(), FetchError> {
-    let need: u64 = planned.iter().map(|p| p.plan.bytes_to_fetch()).sum();
-    let Some(first) = planned.iter().find(|p| p.plan.bytes_to_fetch() > 0) else { return Ok(()) };
-    let free = match settings.free_space {
-        Some(figure) => figure,
-        None => first.cache.free_space()?,
-    };
-    let need = need + SLACK;
-    if free < need {
-        return Err(FetchError::NoSpace { path: settings.cache.clone(), repo: first.request.repo.clone(), need, free });
-    }
-    Ok(())
 }
 
 /// Fetches and verifies all files of all repositories, as many at once as there are connections.
@@ -287,10 +302,8 @@ async fn run(
                     }
                     _ => prove(&request, &cache, &commit, &file, &slot, access).await?,
                 }
-                for name in names {
-                    if access == Access::ReadWrite {
-                        cache.link(&commit, &RemoteFile { name, ..file.clone() })?;
-                    }
+                if access == Access::ReadWrite {
+                    cache.link_all(&commit, &file, &names)?;
                 }
                 Ok::<(), FetchError>(())
             });
@@ -312,12 +325,7 @@ async fn run(
                 Some(Err(join)) => return Err(FetchError::Disk { path: settings.cache.clone(), source: std::io::Error::other(join) }),
             },
             Some((file, holder)) = heard.recv() => report(Progress::Waiting { file, holder }),
-            _ = tick.tick() => {
-                if let Some(verifying) = board.verifying() {
-                    report(verifying);
-                }
-                report(board.bytes(&mut meter));
-            }
+            _ = tick.tick() => board.reports(&mut meter).for_each(&mut *report),
         }
     }
 }

@@ -8,11 +8,13 @@ use std::path::Path;
 use super::cache::{Marker, RepoCache};
 use super::error::FetchError;
 use super::name;
-use super::plan::{Hash, RemoteFile, Transport};
+use super::plan::{Asked, Hash, RemoteFile, Transport};
 use super::verify;
-use super::{RepoRequest, Wanted};
+use super::{Pickles, RepoRequest, Wanted};
 
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+/// What is missing where there is neither an index nor a shard.
+const ANY_SHARD: &str = "*.safetensors";
 
 /// The files of a cached commit.
 #[derive(Debug)]
@@ -49,7 +51,11 @@ pub fn list(
         }
     }
     if request.files == Wanted::All {
-        missing.extend(missing_shards(&snapshot, &files)?);
+        let asked = Asked::of(request)?;
+        let other_weights = request.pickles == Pickles::Allowed || !request.include.is_empty();
+        let shards = missing_shards(&snapshot, &files)?.into_iter();
+        // Which other weights there must be is known to nobody without the hub; that there are some, to the plan.
+        missing.extend(shards.filter(|name| asked.allows(name) && !(other_weights && name == ANY_SHARD)));
     }
     if request.flag.is_none() && !snapshot.join("config.json").is_file() {
         missing.insert("config.json".to_owned());
@@ -92,7 +98,7 @@ fn missing_shards(snapshot: &Path, files: &[RemoteFile]) -> Result<Vec<String>, 
             None => missing.push(INDEX.to_owned()),
         }
     } else if !files.iter().any(|f| f.name.ends_with(".safetensors")) {
-        missing.push("*.safetensors".to_owned());
+        missing.push(ANY_SHARD.to_owned());
     }
     for file in files.iter().filter(|f| f.name.ends_with(".safetensors")) {
         let path = snapshot.join(&file.name);
@@ -107,7 +113,7 @@ fn missing_shards(snapshot: &Path, files: &[RemoteFile]) -> Result<Vec<String>, 
 }
 
 /// The files that the index's weight map names; none: it is no index.
-fn shards(index: &[u8]) -> Option<BTreeSet<String>> {
+pub(super) fn shards(index: &[u8]) -> Option<BTreeSet<String>> {
     let index: serde_json::Value = serde_json::from_slice(index).ok()?;
     let map = index.get("weight_map")?.as_object()?;
     let names: BTreeSet<String> = map.values().filter_map(|v| v.as_str()).map(str::to_owned).collect();

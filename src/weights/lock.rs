@@ -3,11 +3,13 @@
 //! is no stale lock.
 
 use std::fs::{File, OpenOptions, TryLockError};
+use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::error::FetchError;
+use super::uses;
 
 /// Between two looks at a lock that somebody holds. `flock` has no wait that could be given up, and a
 /// thread stuck in it would outlive a stop.
@@ -25,11 +27,15 @@ pub async fn acquire(path: PathBuf, mut waiting: impl FnMut(&str)) -> Result<Blo
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(disk)?;
     }
-    // Group-writable like huggingface_hub's: users who share a cache share its locks.
-    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o664).open(&path).map_err(disk)?;
+    let mut file = open(&path).map_err(disk)?;
     let mut told = None;
     loop {
         match file.try_lock() {
+            // Who tidies the cache removes locks: one that lost its name keeps nobody else out.
+            Ok(()) if !is_named(&file, &path) => {
+                file = open(&path).map_err(disk)?;
+                continue;
+            }
             Ok(()) => return Ok(BlobLock { _file: Some(file) }),
             Err(TryLockError::WouldBlock) => {}
             Err(TryLockError::Error(error)) if no_locks_here(&error) => {
@@ -47,25 +53,43 @@ pub async fn acquire(path: PathBuf, mut waiting: impl FnMut(&str)) -> Result<Blo
     }
 }
 
+fn open(path: &Path) -> std::io::Result<File> {
+    // Group-writable like huggingface_hub's: users who share a cache share its locks.
+    let writing = OpenOptions::new().write(true).create(true).truncate(false).mode(0o664).open(path);
+    match writing {
+        // Another user's: `flock` asks for no right to write.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => File::open(path),
+        other => other,
+    }
+}
+
+fn is_named(file: &File, path: &Path) -> bool {
+    let place = |meta: std::fs::Metadata| (meta.dev(), meta.ino());
+    matches!((file.metadata().map(place), std::fs::metadata(path).map(place)), (Ok(own), Ok(named)) if own == named)
+}
+
+/// Takes the lock where nobody holds it, without waiting; none: somebody does.
+pub fn try_acquire(path: &Path) -> std::io::Result<Option<BlobLock>> {
+    let file = File::open(path)?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(BlobLock { _file: Some(file) })),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) if no_locks_here(&error) => Ok(Some(BlobLock { _file: None })),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
 /// NFS without a lock daemon, some FUSE file systems.
 fn no_locks_here(error: &std::io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::ENOSYS | libc::EOPNOTSUPP))
 }
 
 /// Who holds the lock, from the kernel's table: `python3 (pid 4711)`.
-fn holder(path: &Path) -> Option<String> {
+pub fn holder(path: &Path) -> Option<String> {
     let inode = std::fs::metadata(path).ok()?.ino().to_string();
     let table = std::fs::read_to_string("/proc/locks").ok()?;
     let pid = pid_of(&table, &inode)?;
-    // The command's first words; a secret has no place in them, and the rest is noise.
-    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let words: Vec<String> = command
-        .split(|b| *b == 0)
-        .filter(|w| !w.is_empty())
-        .take(2)
-        .map(|w| String::from_utf8_lossy(w).into_owned())
-        .collect();
-    Some(if words.is_empty() { format!("pid {pid}") } else { format!("{} (pid {pid})", words.join(" ")) })
+    Some(uses::named(&std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default(), pid))
 }
 
 /// `1: FLOCK  ADVISORY  WRITE 4711 fd:01:1234 0 EOF`; a line with `->` waits and holds nothing.
@@ -106,5 +130,19 @@ mod tests {
         assert!(holder.contains(&std::process::id().to_string()), "{holder}");
         drop(first);
         second.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn h08_a_lock_that_was_tidied_away_while_somebody_waited_keeps_the_next_one_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.lock");
+        let tidying = acquire(path.clone(), |_| ()).await.unwrap();
+        let (tell, mut told) = tokio::sync::mpsc::channel(4);
+        let waits = tokio::spawn(acquire(path.clone(), move |_| tell.try_send(()).unwrap()));
+        told.recv().await.unwrap();
+        std::fs::remove_file(&path).unwrap();
+        drop(tidying);
+        let _held = waits.await.unwrap().unwrap();
+        assert!(try_acquire(&path).unwrap().is_none(), "two hold one lock");
     }
 }

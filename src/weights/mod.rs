@@ -15,18 +15,25 @@
 //!     └─ marker of that commit is there and every file still has its size and time ───┘
 //! ```
 
+pub mod ahead;
 mod board;
 mod cache;
 mod error;
 mod fetch;
+mod hold;
 mod hub;
+pub mod inventory;
 mod local;
 mod lock;
 pub mod name;
 pub mod plan;
 pub mod progress;
+pub mod prune;
+pub mod room;
 mod settings;
+mod space;
 mod transfer;
+mod uses;
 mod verify;
 mod write;
 
@@ -34,13 +41,17 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, Download, ModelSource};
+use crate::config::{self, Config, Download, ModelSource};
 
 pub use cache::Access;
+use cache::RepoCache;
 pub use error::{FetchError, Retry, bytes};
 pub use fetch::{PlannedRepo, fetch, prepare};
+pub use hold::Hold;
 pub use progress::{Pace, Progress, Snapshot};
 pub use settings::{Network, Patience, Settings, Token};
+pub use space::Space;
+pub use uses::Uses;
 pub use verify::Hasher;
 
 /// What is to be on the disk before the engine starts. Crosses from the supervisor to `sglangd fetch`
@@ -54,6 +65,19 @@ pub struct Request {
     pub endpoint: Option<String>,
     #[serde(with = "DownloadAsWord")]
     pub download: Download,
+    #[serde(default)]
+    pub proof: Proof,
+}
+
+/// What is believed of files that are there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Proof {
+    /// What an earlier run proved and the disk shows unchanged.
+    #[default]
+    Kept,
+    /// Nothing: all is read again (`fetch --verify`).
+    Anew,
 }
 
 /// One repository at one revision.
@@ -64,6 +88,12 @@ pub struct RepoRequest {
     pub repo: String,
     pub revision: String,
     pub files: Wanted,
+    /// Patterns: these files and no others; empty: what the engine needs.
+    #[serde(default)]
+    pub include: Vec<String>,
+    /// Patterns: not these.
+    #[serde(default)]
+    pub exclude: Vec<String>,
     /// Pickles run code when they are loaded: refused unless asked for.
     #[serde(default)]
     pub pickles: Pickles,
@@ -87,6 +117,15 @@ pub enum Pickles {
     Allowed,
 }
 
+impl From<config::Pickles> for Pickles {
+    fn from(said: config::Pickles) -> Self {
+        match said {
+            config::Pickles::Refuse => Self::Refused,
+            config::Pickles::Allow => Self::Allowed,
+        }
+    }
+}
+
 /// `config::Download` as one word on the wire.
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "Download", rename_all = "kebab-case")]
@@ -98,7 +137,15 @@ enum DownloadAsWord {
 impl RepoRequest {
     /// The model itself, all that the engine needs of it.
     pub fn model(repo: impl Into<String>, revision: impl Into<String>) -> Self {
-        Self { flag: None, repo: repo.into(), revision: revision.into(), files: Wanted::All, pickles: Pickles::Refused }
+        Self {
+            flag: None,
+            repo: repo.into(),
+            revision: revision.into(),
+            files: Wanted::All,
+            include: Vec::new(),
+            exclude: Vec::new(),
+            pickles: Pickles::Refused,
+        }
     }
 }
 
@@ -106,10 +153,19 @@ impl RepoRequest {
 /// Flags of the engine that name other repositories are added by whoever knows the engine's flags.
 pub fn request_from_config(config: &Config, files: Wanted) -> Option<Request> {
     let ModelSource::Repo { repo, revision } = &config.model.source else { return None };
+    let weights = &config.weights;
+    let model = RepoRequest {
+        files,
+        include: weights.include.clone(),
+        exclude: weights.exclude.clone(),
+        pickles: weights.pickles.into(),
+        ..RepoRequest::model(repo, revision)
+    };
     Some(Request {
-        repos: vec![RepoRequest { files, ..RepoRequest::model(repo, revision) }],
-        cache: config.weights.cache.clone(),
-        endpoint: config.weights.endpoint.clone(),
-        download: config.weights.download,
+        repos: vec![model],
+        cache: weights.cache.clone(),
+        endpoint: weights.endpoint.clone(),
+        download: weights.download,
+        proof: Proof::Kept,
     })
 }

@@ -1,5 +1,6 @@
 //! What is to be fetched: a pure function of the hub's listing and of what the cache holds. No I/O.
 
+use globset::{Glob, GlobSet, GlobSetBuilder};
 use serde::{Deserialize, Serialize};
 
 use super::error::FetchError;
@@ -131,6 +132,12 @@ impl FetchPlan {
         self.bytes_total() - self.bytes_to_fetch()
     }
 
+    /// Programs of the repository's own, which the engine runs where it is told to trust them. They are those of
+    /// this commit: a commit's files never change.
+    pub fn code(&self) -> impl Iterator<Item = &PlannedFile> {
+        self.files.iter().filter(|f| kind(&f.file.name) == Kind::Code)
+    }
+
     /// Names of the files that are not there whole.
     pub fn missing(&self) -> Vec<String> {
         let fetched = |f: &&PlannedFile| matches!(f.action, Action::Fetch { .. });
@@ -159,7 +166,7 @@ pub fn plan(
     let (mut files, skipped) = choose(request, commit, listing)?;
     // Small ones first: a gated or broken repository shows at the first request, and the engine's YAML
     // can be checked while the shards arrive. Then the order in which the engine loads shards.
-    files.sort_by(|a, b| (kind(&a.name) != Kind::Other, &a.name).cmp(&(kind(&b.name) != Kind::Other, &b.name)));
+    files.sort_by(|a, b| (kind(&a.name).is_weights(), &a.name).cmp(&(kind(&b.name).is_weights(), &b.name)));
     let files = files
         .into_iter()
         .map(|file| {
@@ -189,7 +196,15 @@ enum Kind {
     Pickle,
     /// The same weights for other programs: TensorFlow, JAX, ONNX, llama.cpp.
     Foreign,
+    /// Python of the repository's own.
+    Code,
     Other,
+}
+
+impl Kind {
+    fn is_weights(self) -> bool {
+        matches!(self, Self::Safetensors | Self::Pickle | Self::Foreign)
+    }
 }
 
 fn kind(name: &str) -> Kind {
@@ -198,6 +213,7 @@ fn kind(name: &str) -> Kind {
         "safetensors" => Kind::Safetensors,
         "bin" | "pt" | "pth" | "ckpt" | "pkl" | "pickle" => Kind::Pickle,
         "h5" | "msgpack" | "ot" | "onnx" | "onnx_data" | "tflite" | "gguf" | "mlmodel" | "npz" => Kind::Foreign,
+        "py" => Kind::Code,
         _ => Kind::Other,
     }
 }
@@ -208,25 +224,63 @@ fn choose(
     commit: &str,
     listing: Vec<RemoteFile>,
 ) -> Result<(Vec<RemoteFile>, Vec<String>), FetchError> {
-    let has = |wanted: Kind| listing.iter().find(|f| kind(&f.name) == wanted);
-    let pickles_serve = has(Kind::Safetensors).is_none() && request.pickles == Pickles::Allowed;
-    if request.files == Wanted::All && has(Kind::Safetensors).is_none() {
-        let pickle = has(Kind::Pickle);
-        if !(pickles_serve && pickle.is_some()) {
-            return Err(FetchError::NoSafetensors {
-                repo: request.repo.clone(),
-                commit: commit.to_owned(),
-                pickle: pickle.map(|f| f.name.clone()),
-            });
-        }
-    }
-    let needed = |file: &RemoteFile| match (kind(&file.name), request.files) {
-        (Kind::Other, _) | (Kind::Safetensors, Wanted::All) => true,
-        (Kind::Pickle, Wanted::All) => pickles_serve,
-        (Kind::Foreign, Wanted::All) | (_, Wanted::NoWeights) => false,
+    let asked = Asked::of(request)?;
+    let has = |wanted: Kind| listing.iter().find(|f| kind(&f.name) == wanted && asked.allows(&f.name));
+    let by_name = !request.include.is_empty();
+    let pickles_serve = request.pickles == Pickles::Allowed && (by_name || has(Kind::Safetensors).is_none());
+    let needed = |file: &RemoteFile| {
+        asked.allows(&file.name)
+            && match (kind(&file.name), request.files) {
+                (Kind::Other | Kind::Code, _) | (Kind::Safetensors, Wanted::All) => true,
+                (Kind::Pickle, Wanted::All) => pickles_serve,
+                (Kind::Foreign, Wanted::All) => by_name,
+                (_, Wanted::NoWeights) => false,
+            }
     };
+    if request.files == Wanted::All && !listing.iter().any(|f| kind(&f.name).is_weights() && needed(f)) {
+        return Err(FetchError::NoSafetensors {
+            repo: request.repo.clone(),
+            commit: commit.to_owned(),
+            pickle: has(Kind::Pickle).map(|f| f.name.clone()),
+        });
+    }
     let (needed, skipped): (Vec<_>, Vec<_>) = listing.into_iter().partition(needed);
     Ok((needed, skipped.into_iter().map(|f| f.name).collect()))
+}
+
+/// The patterns of a request.
+#[derive(Debug)]
+pub struct Asked {
+    /// None: everything.
+    include: Option<GlobSet>,
+    exclude: GlobSet,
+}
+
+impl Asked {
+    pub fn of(request: &RepoRequest) -> Result<Self, FetchError> {
+        let include = (!request.include.is_empty()).then(|| set("weights.include", &request.include)).transpose()?;
+        Ok(Self { include, exclude: set("weights.exclude", &request.exclude)? })
+    }
+
+    pub fn allows(&self, name: &str) -> bool {
+        self.include.as_ref().is_none_or(|include| include.is_match(name)) && !self.exclude.is_match(name)
+    }
+}
+
+/// As huggingface_hub reads them: `*` takes `/` too, and a folder's name with a slash at its end stands for all in it.
+fn set(what: &'static str, patterns: &[String]) -> Result<GlobSet, FetchError> {
+    let mut set = GlobSetBuilder::new();
+    for pattern in patterns {
+        let folder = pattern.ends_with('/').then(|| format!("{pattern}*"));
+        let bad =
+            || FetchError::BadRequest { what, value: pattern.clone(), why: "is no pattern: use names with * and ?" };
+        set.add(Glob::new(folder.as_deref().unwrap_or(pattern)).map_err(|_| bad())?);
+    }
+    set.build().map_err(|_| FetchError::BadRequest {
+        what,
+        value: patterns.join(", "),
+        why: "are more patterns than can be searched for at once",
+    })
 }
 
 #[cfg(test)]
@@ -259,6 +313,31 @@ mod tests {
         let asked = RepoRequest { pickles: Pickles::Allowed, ..request(Wanted::All) };
         let plan = super::plan(&asked, "c", only(), |_| Present::No).unwrap();
         assert_eq!(names(&plan), ["config.json", "pytorch_model.bin"]);
+    }
+
+    #[test]
+    fn only_what_is_included_and_not_excluded_is_needed_and_pickles_stay_refused() {
+        let listing = || {
+            ["config.json", "model.safetensors", "original/w.safetensors", "model.bin", "q4.gguf"]
+                .map(|n| file(n, 1))
+                .to_vec()
+        };
+        let asked = |include: &[&str], exclude: &[&str], pickles| {
+            let words = |list: &[&str]| list.iter().map(|&word| word.to_owned()).collect();
+            let request =
+                RepoRequest { include: words(include), exclude: words(exclude), pickles, ..request(Wanted::All) };
+            super::plan(&request, "c", listing(), |_| Present::No)
+        };
+        let plan = asked(&[], &["original/"], Pickles::Refused).unwrap();
+        assert_eq!(names(&plan), ["config.json", "model.safetensors"]);
+        assert_eq!(plan.skipped, ["original/w.safetensors", "model.bin", "q4.gguf"]);
+        let plan = asked(&["*.gguf", "*.json"], &[], Pickles::Refused).unwrap();
+        assert_eq!(names(&plan), ["config.json", "q4.gguf"], "weights of another kind, where they are named");
+        let error = asked(&["*.bin", "*.json"], &[], Pickles::Refused).unwrap_err();
+        assert!(error.to_string().contains("weights.pickles"), "{error}");
+        let plan = asked(&["*.bin", "*.json"], &[], Pickles::Allowed).unwrap();
+        assert_eq!(names(&plan), ["config.json", "model.bin"]);
+        assert_eq!(asked(&["[z"], &[], Pickles::Refused).unwrap_err().name(), "bad-request");
     }
 
     #[test]

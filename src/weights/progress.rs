@@ -88,20 +88,29 @@ const STEP: Duration = Duration::from_millis(200);
 pub struct Meter {
     total: u64,
     samples: VecDeque<(Instant, u64)>,
+    /// Bytes read from the disk, to prove them.
+    read: u64,
     moved: Instant,
 }
 
 impl Meter {
     /// `done` bytes were there before the first one came.
     pub fn new(now: Instant, done: u64, total: u64) -> Self {
-        Self { total, samples: VecDeque::from([(now, done)]), moved: now }
+        Self { total, samples: VecDeque::from([(now, done)]), read: 0, moved: now }
     }
 
-    /// Notes that `done` bytes are there at `now`; bytes thrown away (a file begun anew) make it smaller.
-    pub fn note(&mut self, now: Instant, done: u64) {
+    /// Notes that `done` bytes are there at `now`; bytes thrown away (a file begun anew) make it smaller. Bytes
+    /// `read` to prove what was there count as motion, not as rate.
+    pub fn note(&mut self, now: Instant, done: u64, read: u64) {
         let &(last, before) = self.samples.back().expect("new() puts one sample in and the trim below leaves two");
-        if done != before {
+        if done != before || read != self.read {
+            if now.duration_since(self.moved) >= STALLED_AFTER {
+                // A stall that is over says nothing about the rate of now.
+                self.samples.clear();
+                self.samples.push_back((self.moved.max(now - STEP), before));
+            }
             self.moved = now;
+            self.read = read;
         }
         if done < before {
             self.samples.clear();
@@ -137,7 +146,7 @@ mod tests {
         for _ in 0..seconds * 5 {
             now += STEP;
             done += rate / 5;
-            meter.note(now, done);
+            meter.note(now, done, 0);
         }
         (now, done)
     }
@@ -159,9 +168,30 @@ mod tests {
         let mut meter = Meter::new(start, 0, 1000);
         let (now, done) = run(&mut meter, start, 2, 0, 100);
         let later = now + Duration::from_secs(6);
-        meter.note(later, done);
+        meter.note(later, done, 0);
         let (_, eta, pace) = meter.read(later, done);
         assert_eq!((eta, pace), (None, Pace::Stalled));
+    }
+
+    #[test]
+    fn h07_a_stall_that_is_over_does_not_count_for_the_rate() {
+        let start = Instant::now();
+        let mut meter = Meter::new(start, 0, 100_000);
+        let (now, done) = run(&mut meter, start, 4, 0, 1000);
+        let (now, done) = run(&mut meter, now + Duration::from_secs(8), 2, done, 1000);
+        let (rate, eta, _) = meter.read(now, done);
+        assert!((900..=1100).contains(&rate), "{rate}");
+        assert!(eta.is_some_and(|eta| (80..=110).contains(&eta)), "{eta:?}");
+    }
+
+    #[test]
+    fn who_reads_what_is_there_is_not_stalled() {
+        let start = Instant::now();
+        let mut meter = Meter::new(start, 1000, 1000);
+        for second in 1..=8 {
+            meter.note(start + Duration::from_secs(second), 1000, second << 20);
+        }
+        assert_eq!(meter.read(start + Duration::from_secs(8), 1000).2, Pace::Moving);
     }
 
     #[test]
@@ -170,7 +200,7 @@ mod tests {
         let mut meter = Meter::new(start, 0, 10_000);
         let (now, _) = run(&mut meter, start, 5, 0, 1000);
         let now = now + STEP;
-        meter.note(now, 10);
+        meter.note(now, 10, 0);
         assert_eq!(meter.read(now, 10).2, Pace::Moving);
         let (now, done) = run(&mut meter, now, 5, 10, 1000);
         assert_eq!(meter.read(now, done).0, 1000);

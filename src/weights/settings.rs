@@ -177,7 +177,7 @@ fn yes(value: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::RepoRequest;
+    use crate::weights::{Proof, RepoRequest};
 
     fn resolve(request: &Request, vars: &[(&str, &str)]) -> Settings {
         Settings::resolve(request, |name| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned())).unwrap()
@@ -185,7 +185,7 @@ mod tests {
 
     fn request() -> Request {
         let repos = vec![RepoRequest::model("a/b", "main")];
-        Request { repos, cache: None, endpoint: None, download: Download::Auto }
+        Request { repos, cache: None, endpoint: None, download: Download::Auto, proof: Proof::default() }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::time::Duration;
 use sglangd::config::Download;
 use sglangd::simulate::hub::{COMMIT, Content, Fault, Hub, Options, Route, What, Which};
 use sglangd::simulate::model::{ModelFile, Storage, demo};
-use sglangd::weights::{self, FetchError, Patience, Progress, RepoRequest, Request, Settings, Snapshot, Token};
+use sglangd::weights::{self, FetchError, Patience, Progress, Proof, RepoRequest, Request, Settings, Snapshot, Token};
 
 pub const REPO: &str = "made-up/tiny";
 /// Where `main` goes when it moves.
@@ -75,6 +75,7 @@ impl Site {
             cache: Some(self.cache()),
             endpoint: Some(self.hub.endpoint()),
             download: Download::Auto,
+            proof: Proof::Kept,
         }
     }
 

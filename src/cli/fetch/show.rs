@@ -1,6 +1,7 @@
 //! How a fetch shows how far it is: bars on a terminal, a log line each 10 s elsewhere, JSON lines for a supervisor.
 
 use std::collections::HashMap;
+use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::os::fd::AsFd;
@@ -11,7 +12,8 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::time::Instant;
 
-use crate::weights::{Pace, PlannedRepo, Progress, bytes};
+use crate::weights::plan::{FetchPlan, Hash, PlannedFile};
+use crate::weights::{Pace, PlannedRepo, Progress, Space, bytes};
 
 /// Between two log lines.
 const LOG_EACH: Duration = Duration::from_secs(10);
@@ -226,28 +228,99 @@ impl Bars {
 }
 
 /// What `--plan` prints.
-pub fn plan(planned: &[PlannedRepo], json: bool) {
+pub fn plan(planned: &[PlannedRepo], space: &Space, json: bool) {
+    let plans: Vec<&FetchPlan> = planned.iter().map(|repo| &repo.plan).collect();
     if json {
-        let plans: Vec<_> = planned.iter().map(|repo| &repo.plan).collect();
-        println!("{}", serde_json::json!(plans));
-        return;
+        println!("{}", plan_json(&plans, space));
+    } else {
+        print!("{}", plan_text(&plans, space));
     }
-    for PlannedRepo { plan, .. } in planned {
-        println!("{} {} = {}", plan.repo, plan.revision, plan.commit);
-        for planned in &plan.files {
-            println!("  {:<8} {:>11}  {}", planned.action.word(), bytes(planned.file.size), planned.file.name);
+}
+
+fn plan_json(plans: &[&FetchPlan], space: &Space) -> serde_json::Value {
+    let repositories = plans.iter().map(|plan| {
+        let mut shown = serde_json::json!(plan);
+        shown["bytes_total"] = plan.bytes_total().into();
+        shown["bytes_to_fetch"] = plan.bytes_to_fetch().into();
+        shown["code"] = plan.code().map(|f| f.file.name.as_str()).collect();
+        shown
+    });
+    serde_json::json!({ "repositories": repositories.collect::<Vec<_>>(), "space": space })
+}
+
+fn plan_text(plans: &[&FetchPlan], space: &Space) -> String {
+    let mut text = String::new();
+    for plan in plans {
+        let _ = writeln!(text, "{} {} = {}", plan.repo, plan.revision, plan.commit);
+        for PlannedFile { file, action } in &plan.files {
+            let hash = match &file.hash {
+                Hash::Sha256(hex) => format!("sha256:{}", short(hex)),
+                Hash::GitBlob(hex) => format!("git:{}", short(hex)),
+                Hash::Unknown => "-".to_owned(),
+            };
+            let _ = writeln!(text, "  {:<8} {:>11}  {hash:<19}  {}", action.word(), bytes(file.size), file.name);
         }
         for name in &plan.skipped {
-            println!("  {:<8} {:>11}  {name}", "skip", "");
+            let _ = writeln!(text, "  {:<8} {:>11}  {:<19}  {name}", "skip", "", "");
+        }
+        let code: Vec<&str> = plan.code().map(|planned| planned.file.name.as_str()).collect();
+        if !code.is_empty() {
+            let _ =
+                writeln!(text, "  programs of this commit, run only where the engine trusts them: {}", code.join(", "));
         }
         let (all, fetch) = (plan.bytes_total(), plan.bytes_to_fetch());
-        println!("  {} files, {}; {} to fetch", plan.files.len(), bytes(all), bytes(fetch));
+        let there = if fetch == 0 { "all there".to_owned() } else { format!("{} to fetch", bytes(fetch)) };
+        let _ = writeln!(text, "  {} files, {}; {there}", plan.files.len(), bytes(all));
     }
+    if space.needed > 0 {
+        let _ =
+            writeln!(text, "{} needed, {} free in {}", bytes(space.needed), bytes(space.free), space.folder.display());
+    }
+    text
+}
+
+/// Enough of a hash to tell files apart by eye; `--json` has the whole.
+fn short(hex: &str) -> &str {
+    hex.get(..12).unwrap_or(hex)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::plan::{Action, RemoteFile, Transport};
+
+    #[test]
+    fn h18_a_plan_names_hashes_what_is_skipped_and_the_repositorys_own_programs() {
+        let hash = Hash::Sha256("ab12".repeat(16));
+        let file = |name: &str, hash, action| PlannedFile {
+            file: RemoteFile { name: name.into(), size: 3 << 20, hash, transport: Transport::Http },
+            action,
+        };
+        let plan = FetchPlan {
+            repo: "a/b".into(),
+            revision: "main".into(),
+            commit: "5f0b02c75b57c5855da9ae460ce51323ea669d8a".into(),
+            files: vec![
+                file("encoding/enc.py", Hash::GitBlob("cd".repeat(20)), Action::Keep),
+                file("model.safetensors", hash, Action::Fetch { from: 1 << 20 }),
+            ],
+            skipped: vec!["pytorch_model.bin".into()],
+        };
+        let space = Space { folder: "/cache".into(), needed: 66 << 20, free: 9 << 30, repo: String::new() };
+        insta::assert_snapshot!(plan_text(&[&plan], &space), @r"
+        a/b main = 5f0b02c75b57c5855da9ae460ce51323ea669d8a
+          keep         3.0 MiB  git:cdcdcdcdcdcd     encoding/enc.py
+          continue     3.0 MiB  sha256:ab12ab12ab12  model.safetensors
+          skip                                       pytorch_model.bin
+          programs of this commit, run only where the engine trusts them: encoding/enc.py
+          2 files, 6.0 MiB; 2.0 MiB to fetch
+        66.0 MiB needed, 9.0 GiB free in /cache
+        ");
+        let json = plan_json(&[&plan], &space);
+        assert_eq!(json["repositories"][0]["code"], serde_json::json!(["encoding/enc.py"]));
+        assert_eq!(json["repositories"][0]["bytes_to_fetch"], 2 << 20);
+        assert_eq!(json["space"]["free"], 9_u64 << 30);
+    }
 
     #[test]
     fn durations_are_read_at_a_glance() {

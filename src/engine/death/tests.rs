@@ -82,6 +82,21 @@ fn weights_that_lack_or_are_corrupt_end_with_66() {
 }
 
 #[test]
+fn h16_a_disk_that_fails_is_named_and_not_the_engine_nor_the_file() {
+    for words in
+        ["OSError: [Errno 5] Input/output error", "safetensors_rust.SafetensorError: Stale file handle (os error 116)"]
+    {
+        let log = format!(
+            "[2026-11-23 14:10:14 TP3] Scheduler hit an exception: Traceback (most recent call last):\n  File \"x\"\n{words}\n\n"
+        );
+        let cause = verdict(&log, How::Signaled(SIGKILL), Reached::Loading);
+        assert_eq!((cause.class, cause.retry), (Class::DiskFails, Retry::Once), "{}", cause.sentence);
+        assert_eq!(cause.sentence, format!("The disk failed, not the engine: {words}."));
+        assert!(cause.advice.contains("network mount"), "{}", cause.advice);
+    }
+}
+
+#[test]
 fn a_cause_is_believed_before_what_it_brings_about() {
     let log = "[2026-11-23 14:10:14 TP1] Scheduler hit an exception: Traceback (most recent call last):\n  x\n\
                torch.distributed.DistBackendError: NCCL error in: x.cpp:1, ncclSystemError\n\

@@ -15,6 +15,8 @@ pub enum Signature {
     Weights,
     CorruptWeights,
     Disk,
+    /// The disk, or the network file system, does not give what it holds.
+    DiskFails,
     KvDoesNotFit,
     CaptureOom,
     GpuOom,
@@ -93,6 +95,9 @@ const TABLE: &[(&str, Meaning)] = &[
     ("Repo id must be in the form", Is(Signature::Weights)),
     ("Can't load the configuration of", Is(Signature::Weights)),
     ("401 Client Error", Is(Signature::Weights)),
+    // Before the reader's own words: it only passes them on.
+    ("Input/output error", Is(Signature::DiskFails)),
+    ("Stale file handle", Is(Signature::DiskFails)),
     ("SafetensorError", Is(Signature::CorruptWeights)),
     ("HeaderTooLarge", Is(Signature::CorruptWeights)),
     ("IncompleteMetadata", Is(Signature::CorruptWeights)),

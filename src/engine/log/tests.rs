@@ -105,6 +105,8 @@ fn each_class_of_death_is_known_by_its_words() {
         ("RuntimeError: Cannot find any model weights with `/m`", Weights),
         ("safetensors_rust.SafetensorError: Error while deserializing header", CorruptWeights),
         ("OSError: [Errno 28] No space left on device", Disk),
+        ("OSError: [Errno 5] Input/output error: '/m/a.safetensors'", DiskFails),
+        ("safetensors_rust.SafetensorError: Stale file handle (os error 116)", DiskFails),
         ("RuntimeError: Not enough memory. Please try to increase --mem-fraction-static. x", KvDoesNotFit),
         ("Exception: Capture target decode CUDA graph failed: CUDA out of memory. Tried", CaptureOom),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", GpuOom),

@@ -67,6 +67,10 @@ pub enum Fault {
     DieAfterTokens(u64),
     /// No token any more after so many in all.
     HangAfterTokens(u64),
+    /// The scheduler goes on no more after so many tokens in all, and is not stopped: it spins.
+    StallAfterTokens(u64),
+    /// No draft token is ever taken.
+    IdleSpeculation,
     /// Leave files in `/dev/shm` and in `TMPDIR`.
     LeakShm,
     /// What argparse says to a flag that it does not know.
@@ -175,6 +179,8 @@ impl Fault {
             "busy_prefill" => Self::BusyPrefill(seconds()?),
             "die_after_tokens" => Self::DieAfterTokens(number()?),
             "hang_after_tokens" => Self::HangAfterTokens(number()?),
+            "stall_after_tokens" => Self::StallAfterTokens(number()?),
+            "idle_speculation" => Self::IdleSpeculation,
             "leak_shm" => Self::LeakShm,
             "bad_flag" => Self::BadFlag,
             "cuda_oom" => Self::CudaOom,

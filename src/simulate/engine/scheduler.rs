@@ -11,10 +11,12 @@ use tokio::sync::mpsc;
 use super::knobs::Fault;
 use super::logline;
 use super::rank::Link;
-use super::requests::{Engine, Prefill};
+use super::requests::{Engine, Prefill, Status};
 
 /// Steps a second at most; faster streams get several tokens a step.
 const STEPS_PER_SECOND: f64 = 500.0;
+/// What one chunk of a prefill takes that is long.
+const CHUNK: Duration = Duration::from_secs(2);
 /// Decode steps between two log lines (`--decode-log-interval`).
 const LOG_INTERVAL: u64 = 40;
 
@@ -109,13 +111,13 @@ impl Scheduler {
             )
         };
         logline::say(self.log_rank, chunk(prefill.tokens, self.running.len()));
-        // The probe's own prefill is as quick as ever.
-        if prefill.tokens > 1 {
+        // The probe's own prefill, and the warm-up's, are as quick as ever.
+        if prefill.tokens > 1 && self.engine.status() != Status::Starting {
             let silent = self.engine.knobs.find(|f| if let Fault::SlowPrefill(d) = f { Some(d) } else { None });
             tokio::time::sleep(silent.unwrap_or_default()).await;
             let busy = self.engine.knobs.find(|f| if let Fault::BusyPrefill(d) = f { Some(d) } else { None });
-            for _ in 0..busy.unwrap_or_default().as_secs() {
-                tokio::time::sleep(Duration::from_secs(1)).await;
+            for _ in 0..busy.unwrap_or_default().as_secs().div_ceil(CHUNK.as_secs()) {
+                tokio::time::sleep(CHUNK).await;
                 logline::say(self.log_rank, chunk(4096, self.running.len()));
             }
         }
@@ -127,8 +129,22 @@ impl Scheduler {
         let _ = prefill.done.send(());
     }
 
+    /// What a decode line says of draft tokens, where some are drafted.
+    fn speculation(&self) -> &'static str {
+        if self.engine.args.one("speculative-algorithm").is_none() {
+            ""
+        } else if self.engine.knobs.has(Fault::IdleSpeculation) {
+            ", accept len: 1.00, accept rate: 0.00"
+        } else {
+            ", accept len: 2.70, accept rate: 0.57"
+        }
+    }
+
     async fn decode(&mut self, tokens: u64) {
         for fault in self.engine.knobs.faults.clone() {
+            if matches!(fault, Fault::StallAfterTokens(limit) if self.generated >= limit) {
+                std::future::pending::<()>().await;
+            }
             let (limit, signal) = match fault {
                 Fault::DieAfterTokens(limit) => (limit, Signal::SIGKILL),
                 Fault::HangAfterTokens(limit) => (limit, Signal::SIGSTOP),
@@ -147,10 +163,11 @@ impl Scheduler {
         self.generated += tokens * running;
         self.decodes += 1;
         if self.decodes.is_multiple_of(LOG_INTERVAL) {
+            let speculation = self.speculation();
             logline::say(
                 self.log_rank,
                 format!(
-                    "Decode batch, #running-req: {running}, #token: {}, token usage: 0.00, cuda graph: True, gen throughput (token/s): {:.2}, #queue-req: {}",
+                    "Decode batch, #running-req: {running}, #token: {}, token usage: 0.00{speculation}, cuda graph: True, gen throughput (token/s): {:.2}, #queue-req: {}",
                     self.generated,
                     self.engine.knobs.tokens_per_second * running as f64,
                     self.engine.waiting()

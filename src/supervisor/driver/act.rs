@@ -5,12 +5,15 @@ use std::sync::Arc;
 use rand::Rng;
 
 use super::{Driver, Report};
+use crate::config::Prefetch;
 use crate::engine::death::Reached;
 use crate::exit::Exit;
 use crate::health::probe::{self, Pulse};
+use crate::launch::beside::Beside;
 use crate::launch::record::Record;
 use crate::supervisor::acquire::acquire;
-use crate::supervisor::autopsy::{self, Found};
+use crate::supervisor::ahead::{Order, Reading, reads_files};
+use crate::supervisor::autopsy::{self, Found, Judged};
 use crate::supervisor::cause::Cause;
 use crate::supervisor::loading::{Loading, Memory};
 use crate::supervisor::prepare::{Ingredients, prepare};
@@ -63,10 +66,13 @@ impl Driver {
         self.loading = Loading::default();
         let (means, spawner, current) = (self.means.clone(), self.spawner.clone(), self.current.clone());
         let (steps, phases, reports) = (self.steps.clone(), self.phases.clone(), self.reports.clone());
-        tokio::spawn(async move {
-            let acquired = acquire(&means, &spawner, &current, &steps, &phases).await;
+        self.warming = Beside::default();
+        let warming = self.warming.clone();
+        current.begin();
+        self.acquiring = Some(tokio::spawn(async move {
+            let acquired = acquire(&means, &spawner, &current, &warming, &steps, &phases).await;
             let _ = reports.send(Report::Acquired(acquired)).await;
-        });
+        }));
     }
 
     fn prepare(&mut self) {
@@ -120,6 +126,7 @@ impl Driver {
                 let memory = Memory::of(&self.means.folders.state, &engine.spec);
                 self.loading.launched(self.config().engine.tp, memory);
                 self.engine = Some(engine);
+                self.read_ahead();
                 Box::pin(self.on(Event::Launched)).await;
             }
             Err(error) => {
@@ -128,6 +135,29 @@ impl Driver {
                 self.blame(cause);
                 Box::pin(self.on(event)).await;
             }
+        }
+    }
+
+    /// While the engine imports, the disk has nothing to do.
+    fn read_ahead(&mut self) {
+        let config = self.config();
+        let Some(acquired) = &self.acquired else { return };
+        if config.weights.prefetch == Prefetch::Never || !reads_files(acquired.resolved.load_format.as_deref()) {
+            return;
+        }
+        let order = Order {
+            folders: acquired.folders.clone(),
+            prefetch: config.weights.prefetch,
+            env: super::tell::proxy_env(&self.means.own_env, config),
+        };
+        self.reading = Some(Reading::start(order, self.spawner.clone(), self.ahead.clone()));
+    }
+
+    /// The engine has its weights, or is gone.
+    pub(super) fn stop_reading_ahead(&mut self) {
+        self.read_ahead = None;
+        if let Some(reading) = &mut self.reading {
+            reading.stop();
         }
     }
 
@@ -152,12 +182,12 @@ impl Driver {
         };
         engine.stop_watching();
         let reports = self.reports.clone();
-        let reached = if self.pulse.served { Reached::Ready } else { self.loading.reached() };
+        let reached = if self.vigil.served { Reached::Ready } else { self.loading.reached() };
         let words = engine.take_last_words();
         let (ended, heard) = (engine.ended, Arc::clone(&engine.heard));
         // The engine goes back to the driver for its end; only its last words are waited for here.
         self.engine = Some(engine);
-        let verdict = self.pulse.judged.take().or_else(|| self.start_verdict());
+        let verdict = self.vigil.judged.take().or_else(|| self.start_verdict().map(Judged::Hung));
         let before = self.cause.as_ref().map(|cause| cause.failure.class);
         tokio::spawn(async move {
             let tail = words.await;
@@ -175,9 +205,17 @@ impl Driver {
         let engine = self.engine.as_ref()?;
         let phase = self.loading.phase(&State::Loading { since: 0, progress: 0, check: Check::Waiting });
         Some(if engine.since.elapsed() >= start.limit {
-            format!("The engine's start took longer than start.limit ({} s); it was {phase}.", start.limit.as_secs())
+            format!(
+                "The engine's start took longer than start.limit ({} s); it was {phase}{}.",
+                start.limit.as_secs(),
+                self.start_suspicion()
+            )
         } else {
-            format!("The engine's start made no progress for start.stall ({} s) while {phase}.", start.stall.as_secs())
+            format!(
+                "The engine's start made no progress for start.stall ({} s) while {phase}{}.",
+                start.stall.as_secs(),
+                self.start_suspicion()
+            )
         })
     }
 
@@ -190,13 +228,22 @@ impl Driver {
             prepared.leftovers.sweep();
         }
         let (current, stuck, reports) = (self.current.clone(), Arc::clone(&self.stuck), self.reports.clone());
-        let preparing = self.preparing.take();
+        let (preparing, acquiring) = (self.preparing.take(), self.acquiring.take());
+        let (warming, reading) = (self.warming.clone(), self.reading.take());
         tokio::spawn(async move {
             // What it is just making would be left behind; its report, before ours, has it removed.
             if let Some(preparing) = preparing {
                 let _ = preparing.await;
             }
             end.run(current, stuck).await;
+            // It ends with its child, and only then nothing more is started.
+            if let Some(acquiring) = acquiring {
+                let _ = acquiring.await;
+            }
+            warming.end().await;
+            if let Some(reading) = reading {
+                reading.end().await;
+            }
             let _ = reports.send(Report::TreeEmpty).await;
         });
     }
@@ -221,11 +268,5 @@ impl Driver {
 
     pub(super) fn is_past_loading(machine: &Machine) -> bool {
         matches!(machine.state, State::Ready | State::Busy)
-    }
-}
-
-impl Driver {
-    pub(super) fn last_probe_failed(&mut self) {
-        self.pulse.last = super::LastProbe::Failed;
     }
 }

@@ -1,68 +1,17 @@
 //! What the driver does with news from outside, and by itself each second.
 
-use std::time::Duration;
-
-use tokio::time::Instant;
-
-use super::{Driver, Event, LastProbe, Order, Report, State};
+use super::{Driver, Event, Order, Report, State};
 use crate::engine::log::{Fact, Signature};
-use crate::health::probe::{self, Pulse};
-use crate::health::verdict::{Evidence, Verdict, judge};
+use crate::engine::remarks::Expected;
+use crate::health::watch::Sign;
 use crate::launch::output::Said;
-use crate::link::status::WeightsStatus;
+use crate::link::status::{ReadAhead, WeightsStatus};
+use crate::supervisor::ahead::{Reading, told};
+use crate::supervisor::autopsy::Judged;
 use crate::supervisor::loading::News;
 use crate::supervisor::running::Notice;
+use crate::weights::ahead::Ahead;
 use crate::weights::{Pace, Progress};
-
-/// Titles appear when the ranks have imported everything; nobody needs them sooner.
-const RANKS_EVERY: u64 = 5;
-
-/// What is known from `/health` and from silence.
-#[derive(Debug)]
-pub struct PulseState {
-    pub last: LastProbe,
-    /// When a probe was last answered 200.
-    answered: Option<Instant>,
-    /// When one was last sent.
-    asked: Option<Instant>,
-    in_flight: bool,
-    /// Since when something waits for the engine.
-    waiting_since: Option<Instant>,
-    /// Why it is called hung, until the examination takes it.
-    pub judged: Option<String>,
-    pub suspected: Option<Duration>,
-    /// This engine was ready once.
-    pub served: bool,
-}
-
-impl Default for PulseState {
-    fn default() -> Self {
-        Self {
-            last: LastProbe::Passed,
-            answered: None,
-            asked: None,
-            in_flight: false,
-            waiting_since: None,
-            judged: None,
-            suspected: None,
-            served: false,
-        }
-    }
-}
-
-impl PulseState {
-    pub fn passed(&mut self) {
-        let now = Instant::now();
-        (self.last, self.answered, self.asked, self.suspected) = (LastProbe::Passed, Some(now), Some(now), None);
-    }
-
-    fn begin_anew(&mut self) {
-        let now = Instant::now();
-        self.asked = self.asked.map(|_| now);
-        self.waiting_since = self.waiting_since.map(|_| now);
-        self.suspected = None;
-    }
-}
 
 /// How the warning about what a reload could not make live begins.
 const WAITS: &str = "changed in the configuration, live only after a restart";
@@ -74,6 +23,7 @@ impl Driver {
                 for warning in &acquired.resolved.warnings {
                     self.warn(warning);
                 }
+                self.expected = Expected::of(&acquired.resolved);
                 self.acquired = Some(acquired);
                 self.on(Event::Fetched).await;
             }
@@ -105,6 +55,9 @@ impl Driver {
                 self.on(Event::Examined(failure)).await;
             }
             Report::Pulse(pulse) => self.pulsed(&pulse).await,
+            Report::Looked(seen) => self.looked(*seen).await,
+            Report::Figures { of, figures } => self.figures(of, figures),
+            Report::Notice(Notice::RankEnded(rank)) => self.rank_ended(&rank).await,
             Report::Notice(Notice::LooksReady) => self.on(Event::LooksReady).await,
             Report::Notice(Notice::Ended(how)) => {
                 if let Some(engine) = &mut self.engine {
@@ -131,24 +84,6 @@ impl Driver {
         }
     }
 
-    async fn pulsed(&mut self, pulse: &Pulse) {
-        self.pulse.in_flight = false;
-        match pulse {
-            Pulse::Healthy => {
-                self.pulse.passed();
-                self.on(Event::Healthy).await;
-            }
-            Pulse::Refused(_) | Pulse::Silent(_) if !Self::is_past_loading(&self.machine) => {
-                tracing::warn!("the engine looked ready, but its /health said otherwise ({pulse:?}); asking again");
-                self.on(Event::Unhealthy).await;
-            }
-            Pulse::Refused(_) | Pulse::Silent(_) => {
-                self.last_probe_failed();
-                self.on(Event::Unhealthy).await;
-            }
-        }
-    }
-
     pub(super) async fn heard(&mut self, said: Said) {
         if let Fact::Ready = said.fact {
             self.on(Event::LooksReady).await;
@@ -156,13 +91,31 @@ impl Driver {
         }
         if matches!(said.fact, Fact::Fatal(Signature::Port)) && matches!(self.machine.state, State::Loading { .. }) {
             // Found after the whole load, and not exited over: it would stay for as long as it may.
-            self.pulse.judged = Some("The engine found its private port taken by another program.".into());
+            let sentence = "The engine found its private port taken by another program.";
+            self.vigil.judged = Some(Judged::Hung(sentence.into()));
             self.on(Event::Hung).await;
             return;
         }
         if self.loading.heard(&said) == News::Further {
             self.systemd.progressed();
             self.on(Event::Progressed).await;
+            if self.loading.reached() >= Reached::Loaded {
+                self.stop_reading_ahead();
+            }
+        }
+    }
+
+    /// What it says after its end was asked for is no news.
+    pub(super) fn read_ahead_is(&mut self, ahead: Ahead) {
+        let over = self.reading.as_ref().is_none_or(Reading::is_over);
+        match ahead {
+            Ahead::Reading { done, total } if !over => self.read_ahead = Some(ReadAhead { done, total }),
+            Ahead::Reading { .. } => {}
+            Ahead::Done(outcome) => {
+                self.read_ahead = None;
+                let told = told(&outcome);
+                if outcome.failed.is_empty() { tracing::info!("{told}") } else { self.warn(&told) }
+            }
         }
     }
 
@@ -184,7 +137,7 @@ impl Driver {
                 weights.stalled = *pace == Pace::Stalled;
                 self.loading.fetching(*pace, *eta_seconds);
             }
-            Progress::Verifying { file, .. } => self.loading.named(format!("verifying {file}")),
+            Progress::Verifying { done, total, file } => self.loading.verifying(file, *done, *total),
             Progress::Waiting { file, holder } => {
                 self.loading.named(format!("waiting for {holder}, who fetches {file}"));
             }
@@ -195,10 +148,11 @@ impl Driver {
     pub(super) async fn traffic_changed(&mut self) {
         let view = self.half_view.borrow_and_update().clone();
         let busy = view.traffic.in_flight > 0 || view.traffic.open_answers > 0;
-        if view.traffic.in_flight == 0 {
-            self.pulse.waiting_since = None;
-        } else {
-            self.pulse.waiting_since.get_or_insert_with(Instant::now);
+        let now = self.now();
+        // A WebSocket may be silent for as long as its client is.
+        self.vigil.watch.requests(view.traffic.in_flight.saturating_sub(view.traffic.websockets), now);
+        if let Some(age) = view.traffic.last_byte_ms {
+            self.vigil.watch.sign(Sign::Token, now.saturating_sub(age));
         }
         // Only a report that is newer than the drain, of a proxy that knows of it, proves that nothing slipped
         // in before it.
@@ -219,88 +173,8 @@ impl Driver {
             "sglangd itself did not run for {} s; the engine's silence meanwhile does not count",
             gap.as_secs()
         );
-        self.pulse.begin_anew();
+        self.vigil.watch.begin_anew(self.now());
         self.on(Event::Progressed).await;
-    }
-
-    /// Once a second.
-    pub(super) async fn beat(&mut self) {
-        self.systemd.tick();
-        if matches!(self.machine.state, State::Loading { .. })
-            && self.born.elapsed().as_secs().is_multiple_of(RANKS_EVERY)
-            && let Some(engine) = &self.engine
-        {
-            self.ranks = engine.named_ranks().into_iter().map(|(name, _)| name).collect();
-        }
-        if matches!(self.machine.state, State::Draining { .. } | State::Stopping { .. } | State::Reaping { .. }) {
-            self.systemd.progressed();
-        }
-        if !Self::is_past_loading(&self.machine) {
-            self.pulse.suspected = None;
-            return;
-        }
-        let evidence = self.evidence();
-        if let Some(rank) = self.engine.as_ref().and_then(|e| e.dead_rank()) {
-            self.pulse.judged = Some(format!("A process of the engine died: {} (pid {}).", rank.comm, rank.pid));
-        }
-        match judge(&evidence, self.pulse.last, self.config().health.hang_after) {
-            Verdict::Alive => self.pulse.suspected = None,
-            Verdict::Busy => {
-                self.pulse.suspected = None;
-                self.on(Event::LooksBusy).await;
-            }
-            Verdict::Suspected(silence) => {
-                if self.pulse.suspected.is_none() {
-                    tracing::warn!(
-                        "no sign of life from the engine for {} s while something waits: a hang is suspected",
-                        silence.as_secs()
-                    );
-                }
-                self.pulse.suspected = Some(silence);
-            }
-            Verdict::Hung(silence) => {
-                self.pulse.judged.get_or_insert_with(|| {
-                    format!(
-                        "The engine hung: no token, no batch and no answer to a probe for {} s while something waited.",
-                        silence.as_secs()
-                    )
-                });
-                self.on(Event::Hung).await;
-                return;
-            }
-        }
-        self.ask_for_a_pulse(&evidence);
-    }
-
-    fn evidence(&self) -> Evidence {
-        let view = self.half_view.borrow();
-        let since = |at: Option<Instant>| at.map(|at| at.elapsed());
-        let failing = (self.pulse.last == LastProbe::Failed).then_some(self.pulse.asked).flatten();
-        Evidence {
-            last_byte: view.traffic.last_byte_ms.map(Duration::from_millis),
-            last_batch: self.engine.as_ref().and_then(|engine| engine.heard.last_batch()),
-            last_pulse: since(self.pulse.answered),
-            waiting: [since(self.pulse.waiting_since), since(failing)].into_iter().flatten().max(),
-            rank_dead: self.engine.as_ref().is_some_and(|engine| engine.dead_rank().is_some()),
-        }
-    }
-
-    /// A probe is a request to the scheduler: only where nothing else proves it alive.
-    fn ask_for_a_pulse(&mut self, evidence: &Evidence) {
-        let every = self.config().health.probe_interval;
-        let fresh = [evidence.last_byte, evidence.last_batch].into_iter().flatten().any(|age| age < every);
-        let due = self.pulse.asked.is_none_or(|at| at.elapsed() >= every);
-        if self.pulse.in_flight || !due || (fresh && self.pulse.last == LastProbe::Passed) {
-            return;
-        }
-        let Some(engine) = &self.engine else { return };
-        self.pulse.in_flight = true;
-        self.pulse.asked = Some(Instant::now());
-        let (addr, limit, reports) = (engine.upstream.addr, self.config().health.probe_timeout, self.reports.clone());
-        tokio::spawn(async move {
-            let pulse = probe::pulse(addr, limit).await;
-            let _ = reports.send(Report::Pulse(pulse)).await;
-        });
     }
 
     /// SIGHUP: limits and keys go live, all else is named; a bad file changes nothing.

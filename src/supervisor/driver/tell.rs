@@ -26,11 +26,14 @@ impl Driver {
             last_exit: self.last_exit.as_deref(),
             snapshots: self.acquired.as_ref().map_or(&[], |a| &a.snapshots),
             weights: self.weights.as_ref(),
+            read_ahead: self.read_ahead,
             half: &half,
             listen: &self.listen,
             warnings: &self.warnings,
             uptime: self.born.elapsed(),
-            suspected: self.pulse.suspected,
+            suspicion: self.vigil.suspicion.as_ref(),
+            suspicions: self.suspicions,
+            remarks: &self.vigil.remarks,
         };
         let (status, view) = (facts.status(), facts.view());
         self.systemd.step(&status);
