@@ -20,7 +20,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("proxy", &["link", "admission", "keys"]),
     ("simulate", &["config", "engine", "observe", "weights"]),
     ("supervisor", &["config", "engine", "exit", "health", "launch", "link", "observe", "shutdown", "sys", "weights"]),
-    ("observe", &["config", "health", "link", "supervisor"]),
+    ("observe", &["config", "health", "keys", "link", "supervisor"]),
 ];
 
 fn sources(folder: &Path, found: &mut Vec<PathBuf>) {

@@ -13,10 +13,12 @@ use nix::sys::signal::Signal;
 use sglangd::link::{ListenSettings, ProxyProtocol, ProxySettings};
 use sglangd::proxy::{Listener, Patience, Timings};
 
-use crate::harness::client::{Client, End, post};
+use crate::harness::alone::Process;
+use crate::harness::client::{Client, End, get, post};
 use crate::harness::daemon::{SGLANGD, Setup};
 use crate::harness::engine::{EVENTS, Engine, chunk, json};
 use crate::harness::front::{Front, eventually, settings};
+use crate::harness::http2;
 use crate::harness::pki::{self, Folder, Pair};
 use crate::harness::scene::{SOON, is_whole, proxy_pid, quick, send, stream_of, text_at};
 
@@ -266,4 +268,129 @@ fn a_header_that_nobody_asked_for_is_no_request() {
     let answer = client.send([header(CLIENT), post(CHAT, "{}").into_bytes()].concat()).answer();
     assert_eq!((answer.status, client.closes()), (400, End::Broken));
     assert_eq!(engine.connections(), 0);
+}
+
+// ---------------------------------------------------------------------- too many
+
+/// A request that holds its connection: beyond the first it waits for its place.
+fn hold(addr: SocketAddr) -> Client {
+    let mut client = Client::connect(addr);
+    client.send(post(CHAT, "{}"));
+    client
+}
+
+#[test]
+fn f10_without_descriptors_probes_are_answered_others_refused_and_it_recovers() {
+    const DESCRIPTORS: usize = 64;
+    let (engine, release) = Engine::held();
+    let more = ["--set", "limits.connections=100000", "--set", "limits.workers=1", "--set", "limits.max=1"];
+    let (process, addr) = Process::with_descriptors(DESCRIPTORS, engine.addr, &more);
+    let mut held: Vec<Client> = (0..DESCRIPTORS).map(|_| hold(addr)).collect();
+    eventually("the first is with the engine", || engine.requests() == 1);
+    // More than there are descriptors for: who got none is told so, in the order of coming.
+    let answer = held.last_mut().unwrap().answer();
+    assert_eq!((answer.status, answer.code().as_str()), (503, "too_many_connections"));
+    assert_eq!((answer.header("connection"), answer.header("retry-after")), (Some("close"), Some("1")));
+    assert_eq!(held.last_mut().unwrap().closes(), End::Broken);
+    // Again and again: the descriptor that is held back comes back each time.
+    for _ in 0..3 {
+        assert_eq!(Client::ask(addr, post(CHAT, "{}")).status, 503);
+        for probe in ["/live", "/health", "/ready"] {
+            assert_eq!(Client::ask(addr, get(probe)).status, 200, "{probe}");
+        }
+    }
+    // While nobody comes it rests.
+    let cpu = process.cpu();
+    assert!(held[1].is_quiet(Duration::from_millis(600)), "a waiting request was cut");
+    let spent = process.cpu().saturating_sub(cpu);
+    assert!(spent < Duration::from_millis(300), "{spent:?} of 600 ms");
+    // Clients that leave make room.
+    let mut first = held.swap_remove(0);
+    drop(held);
+    for _ in 0..20 {
+        release.send(()).unwrap();
+    }
+    assert_eq!(first.answer().status, 200);
+    eventually("there is room again", || Client::ask(addr, post(CHAT, "{}")).status == 200);
+}
+
+#[test]
+fn f11_under_pressure_the_connections_that_were_idle_for_longest_go_first() {
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::tuned(&engine, |settings| settings.connections = Some(20));
+    let mut idle: Vec<Client> = (0..20)
+        .map(|_| {
+            let mut client = Client::connect(front.addr);
+            assert_eq!(client.send(post(CHAT, "{}")).answer().status, 200);
+            client
+        })
+        .collect();
+    // The oldest is the youngest again once it asks something.
+    assert_eq!(idle[0].send(post(CHAT, "{}")).answer().status, 200);
+    let mut newcomer = Client::connect(front.addr);
+    assert_eq!(newcomer.send(post(CHAT, "{}")).answer().status, 200);
+    assert_eq!(idle[1].closes(), End::Broken, "it was idle for longest");
+    for (n, client) in idle.iter_mut().enumerate().filter(|(n, _)| *n != 1) {
+        assert!(client.is_quiet(Duration::from_millis(1)), "connection {n} was closed too");
+        assert_eq!(client.send(post(CHAT, "{}")).answer().status, 200, "connection {n}");
+    }
+    assert_eq!(front.metric("sglangd_connections_let_go_total"), Some(1.0));
+}
+
+#[test]
+fn f11_where_nobody_is_idle_the_newcomer_is_told_so() {
+    let (engine, release) = Engine::held();
+    let front = Front::tuned(&engine, |settings| (settings.connections, settings.max) = (Some(16), 1));
+    let mut held: Vec<Client> = (0..16).map(|_| hold(front.addr)).collect();
+    front.holds(1, 15);
+    let answer = Client::ask(front.addr, post(CHAT, "{}"));
+    assert_eq!((answer.status, answer.code().as_str()), (503, "too_many_connections"));
+    assert_eq!((answer.header("connection"), answer.header("retry-after")), (Some("close"), Some("1")));
+    assert_eq!(Client::ask(front.addr, get("/live")).status, 200);
+    assert_eq!(turned_away(&front, "crowded"), 2);
+    for client in &mut held {
+        release.send(()).unwrap();
+        assert_eq!(client.answer().status, 200, "a request was cut for a newcomer");
+    }
+}
+
+#[test]
+fn f11_a_crowd_of_idle_connections_stays_within_its_limit_and_ends_by_itself() {
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let limits = ProxySettings { connections: Some(64), workers: 2, ..settings() };
+    let patience = Patience { idle: Duration::from_secs(2), ..Patience::default() };
+    let front = Front::with(&engine, limits, Timings { client: patience, ..Timings::default() });
+    let mut idle: Vec<Client> = (0..300).map(|_| Client::connect(front.addr)).collect();
+    let open = || front.metric("sglangd_connections").unwrap();
+    eventually("the crowd is within its limit", || {
+        front.metric("sglangd_connections_total") == Some(300.0) && open() <= 64.0
+    });
+    let mut client = Client::connect(front.addr);
+    assert_eq!(client.send(post(CHAT, "{}")).answer().status, 200);
+    eventually("idle connections end by themselves", || open() <= 1.0);
+    assert!(idle.iter_mut().all(|client| client.closes() == End::Broken));
+}
+
+#[test]
+fn f11_an_idle_connection_of_http2_is_let_go_with_a_goodbye() {
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::tuned(&engine, |settings| settings.connections = Some(16));
+    let mut http2 = http2::Client::connect(front.addr);
+    assert!(http2.is_alive());
+    let _idle: Vec<Client> = (0..16).map(|_| Client::connect(front.addr)).collect();
+    assert_eq!(http2.goodbye_reason(), Some(0));
+    eventually("it is counted", || front.metric("sglangd_connections_let_go_total") >= Some(1.0));
+}
+
+#[test]
+fn connections_of_one_peer_are_limited() {
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::tuned(&engine, |settings| settings.connections_per_peer = Some(3));
+    let mut open: Vec<Client> = (0..3).map(|_| Client::connect(front.addr)).collect();
+    assert!(open.iter_mut().all(|client| client.send(post(CHAT, "{}")).answer().status == 200));
+    let answer = Client::ask(front.addr, post(CHAT, "{}"));
+    assert_eq!((answer.status, answer.code().as_str()), (429, "too_many_connections"));
+    assert_eq!(Client::ask(front.addr, get("/live")).status, 200);
+    open.pop();
+    eventually("there is room again", || Client::ask(front.addr, post(CHAT, "{}")).status == 200);
 }

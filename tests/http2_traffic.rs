@@ -198,7 +198,7 @@ fn a_head_has_no_body_and_refusals_are_those_of_http1() {
     assert_eq!(answer.field("content-length"), Some("17"));
     for (stream, path, status, code) in [
         (3, "/nowhere", 404, "unknown_route"),
-        (5, "/server_info", 403, "operator_route"),
+        (5, "/server_info", 403, "closed_route"),
         (7, "/v1/../admin", 400, "ambiguous_path"),
     ] {
         client.send(get(stream, path));

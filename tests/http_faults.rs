@@ -95,6 +95,7 @@ fn a06_malformed_chunks_end_the_request() {
         "5\nhello\r\n0\r\n\r\n".to_owned(),
         "5;a\rb\r\nhello\r\n0\r\n\r\n".to_owned(),
         format!("5;{}\r\nhello\r\n0\r\n\r\n", "x".repeat(64 * 1024)),
+        format!("5;{}\r\nhello\r\n0\r\n\r\n", "x".repeat(1025)),
         "5\r\nhelloX\r\n".to_owned(),
         "5\r\nhello\r\n0\r\nA: b\nC: d\r\n\r\n".to_owned(),
     ] {
@@ -109,6 +110,12 @@ fn a06_malformed_chunks_end_the_request() {
     for n in 0..engine.connections() {
         assert!(!engine.text(n).contains("\r\n0\r\n"), "a broken body looks complete: {:?}", engine.text(n));
     }
+    // The budget of extensions is one KiB a body; what is within it is not passed on.
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let front = Front::of(&engine);
+    let within = format!("2;{}\r\n{{}}\r\n0\r\n\r\n", "x".repeat(1024));
+    assert_eq!(Client::ask(front.addr, chunked(&within)).status, 200);
+    assert!(engine.text(0).ends_with("\r\n\r\n2\r\n{}\r\n0\r\n\r\n"), "{}", engine.text(0));
 }
 
 #[test]
@@ -170,6 +177,15 @@ fn a10_continue_is_said_only_after_admission() {
     assert_eq!(second.answer().status, 100);
     release.send(()).unwrap();
     assert_eq!(second.send("{}").answer().status, 200);
+    // Who sends its body at once need not be told to.
+    second.send(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n{{}}"));
+    release.send(()).unwrap();
+    let mut answer = second.answer();
+    if answer.status == 100 {
+        answer = second.answer();
+    }
+    assert_eq!(answer.status, 200);
+    assert!(engine.text(engine.connections() - 1).ends_with("\r\n\r\n{}"), "the body did not arrive");
     refused(format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nExpect: 200-maybe\r\nContent-Length: 2\r\n\r\n"), 417);
 }
 
@@ -239,10 +255,17 @@ fn a13_bodies_where_none_belong() {
     assert_eq!(client.send(get("/v1/models")).answer().text(), "hello");
     assert_eq!(engine.connections(), 2, "a connection with a stray body was used again");
 
-    let engine = Engine::answering("HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\nhello");
-    let front = Front::of(&engine);
-    let answer = Client::ask(front.addr, post(CHAT, "{}"));
-    assert_eq!((answer.status, answer.header("content-length"), answer.body.len()), (204, None, 0));
+    for status in [204, 304] {
+        let engine = Engine::answering(format!("HTTP/1.1 {status} No Body\r\nContent-Length: 5\r\n\r\nhello"));
+        let front = Front::of(&engine);
+        let mut client = Client::connect(front.addr);
+        for n in 1..=2 {
+            let answer = client.send(post(CHAT, "{}")).answer();
+            assert_eq!((answer.status, answer.header("content-length"), answer.body.len()), (status, None, 0));
+            assert_eq!(engine.connections(), n, "a connection with a stray body was used again");
+        }
+        eventually("both of the engine's connections are closed", || engine.closed() == 2);
+    }
 
     let engine = Engine::answering(json("200 OK", "{}"));
     let front = Front::of(&engine);
@@ -298,6 +321,28 @@ fn a16_a_client_cannot_say_where_it_comes_from_or_who_it_is_to_the_log() {
     assert!(id.len() == 32 && text.contains(&format!("x-request-id: {id}\r\n")));
     let answer = Client::ask(front.addr, post_with(CHAT, "X-Request-Id: my-1.a_b\r\n", "{}"));
     assert_eq!(answer.header("x-request-id"), Some("my-1.a_b"));
+    refused(post_with(CHAT, &format!("X-Request-Id: {}\r\n", "x".repeat(1 << 20)), "{}"), 431);
+
+    let trace = |value: &str| {
+        let engine = Engine::answering(json("200 OK", "{}"));
+        let front = Front::of(&engine);
+        assert_eq!(Client::ask(front.addr, post_with(CHAT, &format!("Traceparent: {value}\r\n"), "{}")).status, 200);
+        engine.text(0).contains("traceparent:")
+    };
+    let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    assert!(trace(good), "a good one is the client's to say");
+    for bad in [
+        String::new(),
+        good.to_uppercase(),
+        good.replace('-', "_"),
+        good.replace("00-", "ff-"),
+        format!("00-{}-b7ad6b7169203331-01", "0".repeat(32)),
+        format!("00-0af7651916cd43dd8448eb211c80319c-{}-01", "0".repeat(16)),
+        format!("{good}-{}", "x".repeat(5000)),
+        format!("{good}\r\nTraceparent: {good}"),
+    ] {
+        assert!(!trace(&bad), "{bad:?} was passed on");
+    }
 }
 
 #[test]
@@ -319,22 +364,31 @@ fn a17_a_head_just_within_the_limits_passes() {
 
 #[test]
 fn a18_pipelined_requests_are_answered_in_order_one_at_a_time() {
+    const REQUESTS: usize = 1000;
     let most = Arc::new(AtomicUsize::new(0));
-    let count = Arc::new(AtomicUsize::new(0));
-    let (peak, number) = (Arc::clone(&most), Arc::clone(&count));
-    let open = Arc::new(AtomicUsize::new(0));
+    let (peak, number, open) = (Arc::clone(&most), AtomicUsize::new(0), AtomicUsize::new(0));
+    let (release, gate) = std::sync::mpsc::channel::<()>();
+    let gate = std::sync::Mutex::new(gate);
     let engine = Engine::start(move |connection| {
         while connection.request().is_some() {
             peak.fetch_max(open.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
             let n = number.fetch_add(1, Ordering::SeqCst);
+            if n == 0 {
+                gate.lock().unwrap().recv().unwrap();
+            }
             open.fetch_sub(1, Ordering::SeqCst);
             connection.send(json("200 OK", &n.to_string()));
         }
     });
     let front = Front::of(&engine);
     let mut client = Client::connect(front.addr);
-    client.send(post(CHAT, "{}").repeat(300));
-    for n in 0..300 {
+    client.send(post(CHAT, "{}").repeat(REQUESTS));
+    // The first one is slow: no other has begun, and what is read ahead is one buffer.
+    eventually("the first is with the engine", || engine.requests() == 1);
+    assert!(client.is_quiet(Duration::from_millis(50)));
+    assert_eq!((engine.requests(), front.proxy.traffic().queued), (1, 0), "a second one was begun");
+    release.send(()).unwrap();
+    for n in 0..REQUESTS {
         assert_eq!(client.answer().text(), n.to_string());
     }
     assert_eq!(most.load(Ordering::SeqCst), 1);

@@ -5,6 +5,7 @@
 mod harness;
 
 mod architecture;
+mod battery;
 mod config_faults;
 mod connection_faults;
 mod direct_streams;
@@ -18,6 +19,8 @@ mod http_faults;
 mod keys_faults;
 mod limits_faults;
 mod main_job;
+mod opened_routes;
+mod operator_routes;
 mod probe_and_status;
 mod proxy_process;
 mod repositories;

@@ -96,6 +96,7 @@ pub fn run(args: ProxyArgs) -> Exit {
     let format = if said("SGLANGD_OBSERVE_LOG").as_deref() == Some("json") { LogFormat::Json } else { LogFormat::Text };
     let level = said("SGLANGD_OBSERVE_LEVEL").unwrap_or_else(|| "info".into());
     let _log = crate::observe::logging::init(format, &level);
+    take_descriptors();
     let outcome = match args.link_fd {
         Some(link) => run_linked(link, &args.listen_fd),
         None => run_alone(&args),
@@ -106,6 +107,17 @@ pub fn run(args: ProxyArgs) -> Exit {
             eprintln!("sglangd proxy: {error:#}");
             error.downcast_ref::<Wrong>().map_or(Exit::Bug, |wrong| wrong.0)
         }
+    }
+}
+
+/// Each connection is one: shells and containers allow 1024 and many more to who asks. It is this process's
+/// limit alone; the engine has the one that it was given.
+fn take_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::debug!(%error, "the limit of open files stays as it is");
     }
 }
 
@@ -231,7 +243,7 @@ fn ready(addr: SocketAddr) -> EngineView {
         percent: None,
         eta_seconds: None,
         reason: String::new(),
-        upstream: Some(Upstream { addr, api_key: None }),
+        upstream: Some(Upstream { addr, api_key: None, admin_key: None }),
         suspected: false,
         will_return: true,
         hold_ms: 0,

@@ -22,7 +22,7 @@ use crate::launch::spawner::{self, MainThread};
 use crate::link::status::Listening;
 use crate::observe::{admin, logging};
 use crate::shutdown::Signals;
-use crate::supervisor::driver::{Driver, Outside, Reload, exit_of};
+use crate::supervisor::driver::{Driver, Outlook, Outside, Reload, exit_of};
 use crate::sys::spawn::{ParentDeath, Spec, Stream};
 use bind::Bound;
 
@@ -166,12 +166,12 @@ impl Supervisor {
             })),
         };
         let (driver, outlook) = Driver::new(outside);
-        let routes =
-            admin::routes(admin::Sources { status: outlook.status, engine: outlook.engine, half: outlook.half });
+        let Outlook { status, engine, settings, half, orders } = outlook;
+        let routes = admin::routes(admin::Sources { status, engine, settings, half });
         admin_listener.set_nonblocking(true)?;
         let looking = admin::without_orders(routes.clone());
         tokio::spawn(admin::serve_tcp(tokio::net::TcpListener::from_std(admin_listener)?, looking));
-        let acting = admin::with_orders(routes, outlook.orders);
+        let acting = admin::with_orders(routes, orders);
         tokio::spawn(admin::serve_unix(tokio::net::UnixListener::from_std(admin_socket)?, acting));
         let code = driver.run().await;
         // The names go before the lock: whoever comes next makes its own.

@@ -80,8 +80,17 @@ impl<'a> Builder<'a> {
                     "auto" => Ok(None),
                     _ => whole(text, 1, 1024).map(|n| Some(n as usize)),
                 }),
+                connections: self.value("limits.connections", |text| match text {
+                    "auto" => Ok(None),
+                    _ => whole(text, 16, 1_000_000).map(|n| Some(n as usize)),
+                }),
+                connections_per_peer: self.value("limits.connections_per_peer", |text| match text {
+                    "off" => Ok(None),
+                    _ => whole(text, 1, 1_000_000).map(|n| Some(n as usize)),
+                }),
+                routes: self.served_routes(),
             },
-            auth: Auth { keys_file: self.path("auth.keys_file") },
+            auth: Auth { keys_file: self.path("auth.keys_file"), routes: self.guarded_routes() },
             start: Start {
                 stall: self.at_least("start.stall", Duration::from_secs(1)),
                 limit: self.at_least("start.limit", Duration::from_secs(1)),

@@ -14,6 +14,7 @@ mod layers;
 mod listen;
 mod load;
 pub mod redact;
+mod routes;
 mod source;
 pub mod units;
 mod values;
@@ -29,6 +30,7 @@ pub use layers::is_negative_number;
 pub use load::{Loaded, Lost, Needs, Origin, SHIPPED, Sources, User, WhenMissing, flag_text, load};
 pub use source::{MAX_FILE, Place};
 
+use crate::link::routes::Rule;
 use crate::link::{Http2, ListenSettings, ProxyProtocol, TlsFiles};
 
 /// Everything sglangd was told, checked.
@@ -199,12 +201,20 @@ pub struct Limits {
     pub max_body: u64,
     /// Worker threads of the proxy; none: one a core.
     pub workers: Option<usize>,
+    /// Clients' connections; none: as many as descriptors allow.
+    pub connections: Option<usize>,
+    /// Of one client's address; none: any number.
+    pub connections_per_peer: Option<usize>,
+    /// Routes that clients may ask for beside the usual ones, and those that they may not.
+    pub routes: Vec<Rule>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Auth {
     /// File of API keys, one a line: `NAME sha256:HEX`, `#` begins a comment. None: no key asked.
     pub keys_file: Option<PathBuf>,
+    /// Routes that ask for a key beside the usual ones, and those that do not.
+    pub routes: Vec<Rule>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -319,6 +329,10 @@ impl From<&Config> for crate::link::ProxySettings {
             max_body: config.limits.max_body,
             keys_file: config.auth.keys_file.clone(),
             workers: config.limits.workers.unwrap_or(cores),
+            connections: config.limits.connections,
+            connections_per_peer: config.limits.connections_per_peer,
+            routes: config.limits.routes.clone(),
+            auth_routes: config.auth.routes.clone(),
             listen: ListenSettings {
                 tls: config.listen.tls.clone(),
                 proxy_protocol: config.listen.proxy_protocol,

@@ -6,6 +6,7 @@
 //!
 //! This module does not know what either side does with a message.
 
+pub mod routes;
 pub mod status;
 mod wire;
 
@@ -121,6 +122,10 @@ pub struct Upstream {
     pub addr: SocketAddr,
     /// Sent to the engine as `Authorization: Bearer`; never shown to anybody.
     pub api_key: Option<String>,
+    /// Opens the engine's operator routes. It stays with the supervisor: the proxy parses what
+    /// strangers send, and never learns it.
+    #[serde(skip)]
+    pub admin_key: Option<String>,
 }
 
 impl std::fmt::Debug for Upstream {
@@ -148,6 +153,18 @@ pub struct ProxySettings {
     pub keys_file: Option<PathBuf>,
     /// Worker threads.
     pub workers: usize,
+    /// Clients' connections that may be open; none: as many as descriptors allow.
+    #[serde(default)]
+    pub connections: Option<usize>,
+    /// Of one client's address; none: any number.
+    #[serde(default)]
+    pub connections_per_peer: Option<usize>,
+    /// Routes beside the usual ones, and those that are closed.
+    #[serde(default)]
+    pub routes: Vec<routes::Rule>,
+    /// Routes that ask for a key though they usually do not, and those that do not though they do.
+    #[serde(default)]
+    pub auth_routes: Vec<routes::Rule>,
     /// What comes under HTTP on the public side.
     pub listen: ListenSettings,
 }

@@ -1,5 +1,5 @@
 //! `GET /status` and `GET /metrics`, for operators: on a loopback listener and on a Unix socket in the
-//! runtime folder. Never on the data path.
+//! runtime folder. Never on the data path. What changes the engine is [`super::operator`]'s.
 
 use std::io;
 use std::path::Path;
@@ -15,9 +15,10 @@ use prometheus::{Gauge, IntCounter, Opts, Registry, TextEncoder};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
+use super::operator;
 use crate::health::client::{self, Target};
 use crate::link::status::Status;
-use crate::link::{EngineState, EngineView};
+use crate::link::{EngineState, EngineView, ProxySettings};
 use crate::supervisor::driver::Orderly;
 use crate::supervisor::half::Half;
 
@@ -31,6 +32,7 @@ const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub struct Sources {
     pub status: watch::Receiver<Status>,
     pub engine: watch::Receiver<EngineView>,
+    pub settings: watch::Receiver<ProxySettings>,
     pub half: Half,
 }
 
@@ -38,9 +40,7 @@ pub fn routes(sources: Sources) -> Router {
     Router::new()
         .route("/status", get(status))
         .route("/metrics", get(metrics))
-        .fallback(|| async {
-            (StatusCode::NOT_FOUND, "sglangd's admin listener answers GET /status and GET /metrics\n")
-        })
+        .fallback(operator::pass)
         .with_state(Arc::new(sources))
 }
 

@@ -3,3 +3,4 @@
 pub mod admin;
 pub mod clock;
 pub mod logging;
+mod operator;

@@ -90,6 +90,40 @@ impl Refusal {
         Self::new(StatusCode::FORBIDDEN, "invalid_request_error", "operator_route", message)
     }
 
+    /// No operator's route, but not one that clients may have here.
+    pub fn closed(path: &str) -> Self {
+        let message = format!("{path} is closed here: the operator opens routes with limits.routes");
+        Self::new(StatusCode::FORBIDDEN, "invalid_request_error", "closed_route", message)
+    }
+
+    pub fn unknown_query() -> Self {
+        let message = "these parameters are not known here: include, dp_rank and format, each once";
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", "unknown_query", message)
+    }
+
+    /// The engine did not answer, and never has.
+    pub fn no_copy() -> Self {
+        let message = "the engine does not answer that at present";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", "engine_silent", message)
+            .retry(Duration::from_secs(1))
+    }
+
+    /// Of the node: another server may have room.
+    pub fn crowded() -> Self {
+        let message = "as many connections are open as may; come again later";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded_error", "too_many_connections", message)
+            .retry(Duration::from_secs(1))
+            .closing()
+    }
+
+    /// Of the peer: another server would say the same.
+    pub fn peer_crowded() -> Self {
+        let message = "as many connections are open from your address as may; use those";
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "too_many_connections", message)
+            .retry(Duration::from_secs(1))
+            .closing()
+    }
+
     pub fn wrong_method(methods: &'static [Method]) -> Self {
         let message = "this path does not take that method";
         let mut refusal = Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", "wrong_method", message);

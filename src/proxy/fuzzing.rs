@@ -21,7 +21,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 
 use super::framing::{Checker, MAX_HEAD, Step};
-use super::routes::{self, Decision};
+use super::routes::{Decision, Table};
 use super::sse::{Grammar, Scanner, Words};
 use super::upstream::decode::{Decoder, Framing, Malformed};
 use super::upstream::head as engine_head;
@@ -151,7 +151,7 @@ fn decoded(bytes: &[u8], step: usize) -> Result<(Vec<u8>, bool, usize), Malforme
 /// A path that reaches the engine means the same to every reader of it.
 pub fn routes(bytes: &[u8]) {
     let Ok(path) = std::str::from_utf8(bytes) else { return };
-    let Decision::Engine(_) = routes::decide(path) else { return };
+    let (Decision::Engine(_), _) = Table::default().decide(path) else { return };
     assert!(path.starts_with('/') && path.bytes().all(|byte| byte.is_ascii_graphic()), "{path:?}");
     assert!(!path.contains("//") && !path.contains(['\\', ';', '?', '#']), "{path:?}");
     let decoded = path.to_ascii_lowercase().replace("%2e", ".").replace("%2f", "/").replace("%5c", "\\");

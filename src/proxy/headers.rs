@@ -26,6 +26,26 @@ pub fn is_hop_by_hop(name: &HeaderName) -> bool {
     )
 }
 
+/// Whether an answer's field has one value: browsers refuse two of CORS' own, and of two dates, types or
+/// servers every reader takes another one. Lists (`vary`, `set-cookie`, …) may be said in several lines.
+pub fn is_single(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "date"
+            | "server"
+            | "content-type"
+            | "content-encoding"
+            | "content-disposition"
+            | "etag"
+            | "last-modified"
+            | "location"
+            | "retry-after"
+            | "access-control-allow-origin"
+            | "access-control-allow-credentials"
+            | "access-control-max-age"
+    )
+}
+
 /// Fields that a client may not say to the engine: they steer it (`x-override-*` sets a request's
 /// rank and priority), or the proxy says them itself.
 fn is_ours(name: &str) -> bool {
@@ -88,6 +108,8 @@ pub fn write(request: &Parts, said: &Said<'_>) -> Vec<u8> {
         let credential = *name == header::AUTHORIZATION || name.as_str() == "x-api-key";
         let kept = if credential {
             said.credentials == Credentials::Client
+        } else if name.as_str() == "traceparent" {
+            is_traceparent(value.as_bytes()) && request.headers.get_all(name).iter().nth(1).is_none()
         } else {
             !is_hop_by_hop(name) && !is_ours(name.as_str())
         };
@@ -118,6 +140,20 @@ pub fn write(request: &Parts, said: &Said<'_>) -> Vec<u8> {
     field(&mut out, "x-request-id", said.request_id.as_bytes());
     out.extend_from_slice(b"\r\n");
     out
+}
+
+/// Whether it is `VERSION-TRACE-SPAN-FLAGS` as W3C's Trace Context, level 1, has it. What is not must be
+/// thrown away by whoever reads it; readers that do not would put a client's text into traces.
+fn is_traceparent(value: &[u8]) -> bool {
+    let hex = |part: &[u8]| part.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    let some = |part: &[u8]| part.iter().any(|&byte| byte != b'0');
+    let parts: Vec<&[u8]> = value.split(|&byte| byte == b'-').collect();
+    let [version, trace, span, flags] = parts[..] else { return false };
+    (version.len(), trace.len(), span.len(), flags.len()) == (2, 32, 16, 2)
+        && parts.iter().all(|part| hex(part))
+        && version != b"ff"
+        && some(trace)
+        && some(span)
 }
 
 fn field(out: &mut Vec<u8>, name: &str, value: &[u8]) {

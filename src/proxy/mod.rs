@@ -9,10 +9,12 @@
 //!                             └──────────── answer ◄──── upstream (exchange, decode) ⇄ engine
 //! ```
 
+mod accept;
 mod answer;
 mod auth;
 mod call;
 mod control;
+mod copies;
 mod date;
 mod direct;
 mod error;
@@ -24,6 +26,7 @@ mod http2;
 mod line;
 mod loads;
 mod metrics;
+mod own;
 pub mod peek;
 mod rest;
 mod routes;

@@ -2,9 +2,16 @@
 //!
 //! The decision and what is forwarded use the same bytes: a path that two readers could normalise
 //! differently (dot segments, doubled or encoded slashes, parameters) is refused, never repaired. It
-//! knows nothing of keys, limits or the engine's state.
+//! knows no key, no limits and not the engine's state; what the configuration opens and closes is a
+//! [`Table`].
+
+mod table;
 
 use http::Method;
+
+pub use table::{Asks, Table};
+
+use crate::link::routes::{CLOSED, COPIES, is_operators};
 
 /// In which shape a stream's error event must be said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,7 +24,7 @@ pub enum Dialect {
     Lines,
 }
 
-/// Who may ask the engine for this.
+/// What clients may ask for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Route {
     /// Bounded: the label in metrics.
@@ -47,8 +54,12 @@ pub enum Own {
 pub enum Decision {
     Own(Own),
     Engine(&'static Route),
+    /// Answered with a copy of what the engine says of itself.
+    Copy(&'static Route),
     /// A route of the engine that only its operator may use.
     Forbidden,
+    /// Not an operator's, and closed all the same.
+    Closed,
     Unknown,
     /// The path can be read in two ways.
     Ambiguous,
@@ -58,6 +69,8 @@ const GET: &[Method] = &[Method::GET, Method::HEAD];
 const ONLY_GET: &[Method] = &[Method::GET];
 const POST: &[Method] = &[Method::POST];
 const POST_PUT: &[Method] = &[Method::POST, Method::PUT];
+/// Of what is opened by name, the engine knows the methods.
+const ANY: &[Method] = &[Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE];
 
 const fn route(name: &'static str, methods: &'static [Method], dialect: Dialect) -> Route {
     Route { name, methods, dialect, protocol: Protocol::Http }
@@ -102,80 +115,37 @@ static RESPONSE: Route = route("/v1/responses/{id}", GET, Dialect::Responses);
 static RESPONSE_CANCEL: Route = route("/v1/responses/{id}/cancel", POST, Dialect::Responses);
 static VARYING: [&Route; 3] = [&MODEL, &RESPONSE, &RESPONSE_CANCEL];
 
-/// How many routes lead to the engine: the size of a table by [`index`].
-pub const COUNT: usize = EXACT.len() + VARYING.len();
+/// What the engine says of itself, from a copy.
+static COPIED: [Route; COPIES.len()] = [
+    route(COPIES[0], GET, Dialect::OpenAi),
+    route(COPIES[1], GET, Dialect::OpenAi),
+    route(COPIES[2], GET, Dialect::OpenAi),
+    route(COPIES[3], GET, Dialect::OpenAi),
+    route(COPIES[4], GET, Dialect::OpenAi),
+];
+/// All that `limits.routes` opens and this list does not know: one row in the metrics.
+static OPENED: Route = route("(opened)", ANY, Dialect::OpenAi);
+
+/// How many routes there are: the size of a table by [`index`].
+pub const COUNT: usize = EXACT.len() + VARYING.len() + COPIED.len() + 1;
+
+fn all() -> impl Iterator<Item = &'static Route> {
+    EXACT.iter().chain(VARYING).chain(&COPIED).chain([&OPENED])
+}
 
 /// A route's place in tables of [`COUNT`] rows.
 pub fn index(route: &'static Route) -> Option<usize> {
-    EXACT.iter().chain(VARYING).position(|known| std::ptr::eq(known, route))
+    all().position(|known| std::ptr::eq(known, route))
 }
 
 /// The label of a row.
 pub fn name(index: usize) -> &'static str {
-    EXACT.iter().chain(VARYING).nth(index).map_or("unknown", |route| route.name)
+    all().nth(index).map_or("unknown", |route| route.name)
 }
 
-/// Operator, debug and leaking routes: refused by name (403, not 404), so that who asks learns that
-/// they exist on the admin side. What is neither here nor above is 404; neither is ever forwarded.
-static FORBIDDEN: &[&str] = &[
-    "/server_info",
-    "/get_server_info",
-    "/model_info",
-    "/get_model_info",
-    "/metrics",
-    "/v1/loads",
-    "/openapi.json",
-    "/docs",
-    "/redoc",
-    "/status",
-    "/health_generate",
-    "/flush_cache",
-    "/abort_request",
-    "/pause_generation",
-    "/continue_generation",
-    "/release_memory_occupation",
-    "/resume_memory_occupation",
-    "/begin_weight_update",
-    "/end_weight_update",
-    "/init_weights_update_group",
-    "/destroy_weights_update_group",
-    "/get_weights_by_name",
-    "/weights_checker",
-    "/set_internal_state",
-    "/pd_role_switch",
-    "/scale_elastic_ep",
-    "/is_scaling_elastic_ep",
-    "/slow_down",
-    "/freeze_gc",
-    "/configure_logging",
-    "/set_trace_level",
-    "/start_profile",
-    "/stop_profile",
-    "/open_session",
-    "/close_session",
-];
-static FORBIDDEN_PREFIXES: &[&str] = &[
-    "/metrics/",
-    "/update_weight",
-    "/load_lora_adapter",
-    "/unload_lora_adapter",
-    "/hicache/",
-    "/get_hicache",
-    "/dumper/",
-    "/send_weights_",
-    "/init_weights_",
-    "/get_remote_instance_",
-    "/remote_instance_",
-    "/start_expert_",
-    "/stop_expert_",
-    "/dump_expert_",
-    "/add_external_",
-    "/remove_external_",
-    "/list_external_",
-];
-
-/// Where a request for `path` (no query) goes.
-pub fn decide(path: &str) -> Decision {
+/// Where a request for `path` (no query) goes, before anything is opened or closed. Operators' routes are
+/// refused by name (403, not 404), so that who asks learns that they exist on the admin side.
+fn usual(path: &str) -> Decision {
     if !is_plain(path) {
         return Decision::Ambiguous;
     }
@@ -200,10 +170,13 @@ pub fn decide(path: &str) -> Decision {
             _ => return Decision::Unknown,
         }
     }
-    if FORBIDDEN.contains(&path) || FORBIDDEN_PREFIXES.iter().any(|prefix| path.starts_with(prefix)) {
+    if let Some(route) = COPIED.iter().find(|route| route.name == path) {
+        return Decision::Copy(route);
+    }
+    if is_operators(path) {
         return Decision::Forbidden;
     }
-    Decision::Unknown
+    if CLOSED.contains(&path) { Decision::Closed } else { Decision::Unknown }
 }
 
 /// Whether every reader of the path sees the same segments: no dot segment, no empty segment, no
@@ -237,6 +210,17 @@ fn is_plain(path: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::link::routes::SERVED;
+
+    fn decide(path: &str) -> Decision {
+        Table::default().decide(path).0
+    }
+
+    #[test]
+    fn the_configuration_knows_the_routes_that_are_served() {
+        let served: Vec<&str> = EXACT.iter().chain(VARYING).map(|route| route.name).collect();
+        assert_eq!(served, SERVED);
+    }
 
     #[test]
     fn inference_routes_lead_to_the_engine_and_nothing_else_does() {
@@ -245,10 +229,11 @@ mod tests {
         {
             assert!(matches!(decide(path), Decision::Engine(_)), "{path}");
         }
-        for path in
-            ["/server_info", "/flush_cache", "/update_weights_from_disk", "/start_profile", "/metrics", "/metrics/x"]
-        {
+        for path in ["/flush_cache", "/update_weights_from_disk", "/start_profile", "/metrics", "/metrics/x"] {
             assert_eq!(decide(path), Decision::Forbidden, "{path}");
+        }
+        for path in ["/server_info", "/v1/loads", "/docs", "/open_session"] {
+            assert_eq!(decide(path), Decision::Closed, "{path}");
         }
         for path in ["/", "/nothing", "/v1/responses/", "/v1/responses/a/b", "/v1/models/", "/v1/chat/completions/"] {
             assert_eq!(decide(path), Decision::Unknown, "{path}");

@@ -13,22 +13,25 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::task::Poll;
 use std::time::Duration;
 
-use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, TRANSFER_ENCODING};
+use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, TRANSFER_ENCODING};
 use http::request::Parts;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version};
 use tokio::time::{Instant, sleep_until};
 
 use super::answer::{Answer, Early, Work, head};
 use super::call::Call;
+use super::copies;
 use super::direct::{self, Leave};
 use super::error::{Refusal, keep_alive};
 use super::headers::{self, BodyFraming, Credentials, Said};
 use super::line::{Ahead, Line, Upload};
 use super::loads;
 use super::metrics::Label;
+use super::own;
 use super::peek::Stream;
-use super::routes::{self, Decision, Own, Protocol, Route};
-use super::state::{Mode, Snapshot, Supervision};
+use super::routes::{Asks, Decision, Protocol, Route};
+use super::state::{Mode, Snapshot};
+use super::transport::crowd::Standing;
 use super::upstream::exchange::{BodyFault, Failure, Outgoing, Upgrade, exchange};
 use super::websocket;
 use super::wire::Scheme;
@@ -44,6 +47,7 @@ pub struct Peer {
     /// None: it came over a Unix socket.
     pub address: Option<IpAddr>,
     pub scheme: Scheme,
+    pub standing: Standing,
 }
 
 /// The client is gone: there is nobody to answer.
@@ -77,6 +81,7 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
     let mut label = Label::REFUSED;
     let outcome = match triage(&peer, &parts, &mut label) {
         Ok(Way::Own(response)) => Ok(response),
+        Ok(Way::Copy) => copies::answer(&peer.worker.shared, &parts.uri).await.map_err(Stop::from),
         Ok(Way::Engine(route, caller)) => {
             let call = Call::new(Rc::clone(&peer), route, caller, label, now);
             pursue(call, parts, body, id.clone()).await
@@ -93,6 +98,9 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
     };
     counters.answered(label, response.status());
     response.headers_mut().insert("x-request-id", id);
+    if peer.standing != Standing::Welcome {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
     Ok(match leave.with(&response) {
         Leave::Yes => direct::leave(&peer.line, response).await,
         Leave::No => response,
@@ -102,6 +110,7 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
 /// Where a request goes, by its head alone.
 enum Way {
     Own(Response<Answer>),
+    Copy,
     Engine(&'static Route, Caller),
 }
 
@@ -110,30 +119,53 @@ fn triage(peer: &Peer, parts: &Parts, label: &mut Label) -> Result<Way, Stop> {
         return Err(Refusal::violation(violation).into());
     }
     let path = parts.uri.path();
-    let route = match routes::decide(path) {
-        Decision::Engine(route) => route,
+    let snapshot = peer.worker.shared.snapshot();
+    let (decision, asks) = snapshot.routes.decide(path);
+    let (route, copied) = match decision {
+        Decision::Engine(route) => (route, Copied::No),
+        Decision::Copy(route) => (route, Copied::Yes),
         Decision::Own(own) => {
             *label = Label::OWN;
-            return own_answer(peer, own, &parts.method).map(Way::Own);
+            who(&snapshot, parts, asks)?;
+            return own::answer(&peer.worker.shared, own, &parts.method).map(Way::Own);
         }
         Decision::Ambiguous => return Err(Refusal::ambiguous_path().into()),
         Decision::Forbidden => return Err(Refusal::forbidden(path).into()),
+        Decision::Closed => return Err(Refusal::closed(path).into()),
         Decision::Unknown => {
             *label = Label::UNKNOWN;
             return Err(Refusal::unknown_route(path).into());
         }
     };
+    if let Some(refusal) = peer.standing.refusal() {
+        return Err(refusal.into());
+    }
     *label = Label::route(route);
     if !route.methods.contains(&parts.method) {
         return Err(Refusal::wrong_method(route.methods).into());
     }
-    let snapshot = peer.worker.shared.snapshot();
-    let caller = match &snapshot.keys {
-        None => Caller::ANYBODY,
-        Some(keys) => keys.caller(&parts.headers).ok_or_else(Refusal::unauthorized)?,
-    };
+    let caller = who(&snapshot, parts, asks)?;
     *label = label.of(caller.key);
-    Ok(Way::Engine(route, caller))
+    Ok(match copied {
+        Copied::No => Way::Engine(route, caller),
+        Copied::Yes => Way::Copy,
+    })
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Copied {
+    Yes,
+    No,
+}
+
+/// Who asks, as far as it must be known.
+fn who(snapshot: &Snapshot, parts: &Parts, asks: Asks) -> Result<Caller, Stop> {
+    let Some(keys) = &snapshot.keys else { return Ok(Caller::ANYBODY) };
+    match (keys.caller(&parts.headers), asks) {
+        (Some(caller), _) => Ok(caller),
+        (None, Asks::Nobody) => Ok(Caller::ANYBODY),
+        (None, Asks::Key) => Err(Refusal::unauthorized().into()),
+    }
 }
 
 /// Waits for the answer; a stream that keeps its client waiting for long is begun without it.
@@ -356,38 +388,4 @@ fn explain(peer: &Peer, snapshot: &Snapshot, failure: Failure) -> Refusal {
         Failure::Unreachable(_) => Refusal::unreachable(),
         failure => Refusal::broken_engine(&failure.to_string()),
     }
-}
-
-const GET: &[Method] = &[Method::GET, Method::HEAD];
-
-/// Liveness, health and readiness: never the engine's word.
-fn own_answer(peer: &Peer, own: Own, method: &Method) -> Result<Response<Answer>, Stop> {
-    if !GET.contains(method) {
-        return Err(Refusal::wrong_method(GET).into());
-    }
-    let shared = &peer.worker.shared;
-    if own == Own::Live {
-        if shared.supervision == Supervision::Linked && shared.silence() > shared.timings.supervisor_silence {
-            return Err(Refusal::stuck_supervisor().into());
-        }
-        return Ok(ok(r#"{"live":true}"#.to_owned()));
-    }
-    let snapshot = shared.snapshot();
-    let view = snapshot.engine.as_ref();
-    if own == Own::Ready && snapshot.mode != Mode::Serving {
-        return Err(Refusal::draining().into());
-    }
-    match view {
-        Some(view) if own == Own::Ready && view.suspected => Err(Refusal::suspected(view).into()),
-        Some(view) if view.state.gate() == Gate::Open => Ok(ok(format!(r#"{{"state":"{}"}}"#, view.state.name()))),
-        view => Err(Refusal::engine(view).into()),
-    }
-}
-
-fn ok(body: String) -> Response<Answer> {
-    let mut response = Response::new(Answer::Own(Some(body.into())));
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    response
 }

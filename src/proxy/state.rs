@@ -11,11 +11,14 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::auth::{KeyRing, KeysFile, Roster};
+use super::copies::Copies;
 use super::loads::Loads;
 use super::metrics::{self, Counters, Gauges};
 use super::rest::Rest;
+use super::routes::Table;
 use super::tap::Patience;
 use super::transport::counts::Counts;
+use super::transport::crowd::Crowd;
 use super::transport::identity::Identity;
 use crate::admission::{Admission, Limits};
 use crate::keys::KeysError;
@@ -77,6 +80,7 @@ impl Default for Timings {
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     pub settings: ProxySettings,
+    pub routes: Arc<Table>,
     /// None: no key is asked for.
     pub keys: Option<Arc<KeyRing>>,
     /// None: no certificate is wanted, or none can be used.
@@ -93,9 +97,13 @@ pub struct Shared {
     pub admission: Admission,
     /// What happened to connections before HTTP.
     pub connections: Counts,
+    pub crowd: Crowd,
+    /// Wakes the workers whose idle connections are to make room.
+    pub pressure: watch::Sender<u64>,
     pub timings: Timings,
     pub supervision: Supervision,
     pub loads: Loads,
+    pub copies: Copies,
     pub rest: Rest,
     roster: Roster,
     /// What was said last, whether it could be lived by or not.
@@ -125,6 +133,10 @@ fn no_settings() -> ProxySettings {
         max_body: u64::MAX, // nothing is read before there is a place
         keys_file: None,
         workers: 1,
+        connections: None,
+        connections_per_peer: None,
+        routes: Vec::new(),
+        auth_routes: Vec::new(),
         listen: ListenSettings::default(),
     }
 }
@@ -133,14 +145,18 @@ impl Shared {
     pub fn new(timings: Timings, supervision: Supervision) -> Arc<Self> {
         let settings = no_settings();
         let wanted = Wanted { settings: settings.clone(), keys_file: None, complaint: None };
-        let snapshot = Snapshot { settings, keys: None, identity: None, engine: None, mode: Mode::Serving };
+        let routes = Arc::default();
+        let snapshot = Snapshot { settings, routes, keys: None, identity: None, engine: None, mode: Mode::Serving };
         Arc::new(Self {
             snapshot: watch::Sender::new(Arc::new(snapshot)),
             admission: Admission::new(Limits { max: 0, queue: 0 }, Gate::Closed),
             connections: Counts::default(),
+            crowd: Crowd::default(),
+            pressure: watch::Sender::new(0),
             timings,
             supervision,
             loads: Loads::default(),
+            copies: Copies::default(),
             rest: Rest::default(),
             roster: Roster::default(),
             wanted: Mutex::new(wanted),
@@ -185,8 +201,10 @@ impl Shared {
         };
         let settings = wanted.settings.clone();
         let limits = Limits { max: settings.max, queue: settings.queue };
+        let routes = Arc::new(Table::new(&settings.routes, &settings.auth_routes));
         self.change(|snapshot| {
             snapshot.settings = settings;
+            snapshot.routes = routes;
             snapshot.keys = keys;
         });
         self.admission.set_limits(limits);

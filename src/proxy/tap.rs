@@ -228,7 +228,9 @@ impl Tap {
                 Waiting::ForFirstByte => self.patience.idle,
                 Waiting::ForHead => self.patience.head,
             };
-            let deadline = Instant::now() + patience;
+            let since = Instant::now();
+            self.wire.rest(since);
+            let deadline = since + patience;
             match &mut self.head_timer {
                 Some(timer) => timer.as_mut().reset(deadline),
                 None => self.head_timer = Some(Box::pin(sleep_until(deadline))),
@@ -284,6 +286,7 @@ impl Read for Tap {
                 }
                 if passed == Passed::Some {
                     this.waiting = Waiting::No;
+                    this.wire.work();
                     return Poll::Ready(Ok(()));
                 }
             }
@@ -327,6 +330,7 @@ impl Read for Tap {
             match read? {
                 Poll::Ready(Some(())) => {
                     this.waiting = Waiting::No;
+                    this.wire.work();
                     return Poll::Ready(Ok(()));
                 }
                 Poll::Ready(None) => {}

@@ -14,6 +14,7 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use http::Response;
+use tokio::time::Instant;
 
 use super::answer::Answer;
 use super::framing::Violation;
@@ -81,6 +82,17 @@ pub struct Wire {
     handed_over: Cell<Option<Box<Response<Answer>>>>,
     /// It is no HTTP that comes.
     turned: Cell<Option<Turned>>,
+    /// Since when no request of it is open.
+    idle: Cell<Option<Instant>>,
+    stay: Cell<Stay>,
+}
+
+/// Whether a connection may go on being idle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stay {
+    Welcome,
+    /// Its place is needed, unless it gets something to do in this very moment.
+    LetGo,
 }
 
 impl fmt::Debug for Wire {
@@ -111,6 +123,8 @@ impl Wire {
             http2: Cell::new(None),
             handed_over: Cell::new(None),
             turned: Cell::new(None),
+            idle: Cell::new(None),
+            stay: Cell::new(Stay::Welcome),
         })
     }
 
@@ -245,6 +259,34 @@ impl Wire {
 
     pub fn http2(&self) -> Option<Vec<u8>> {
         self.http2.take()
+    }
+
+    /// No request is open. Who sends one byte of a head each minute is idle all the while.
+    pub fn rest(&self, since: Instant) {
+        if self.idle.get().is_none() {
+            self.idle.set(Some(since));
+        }
+    }
+
+    /// A request has come.
+    pub fn work(&self) {
+        self.idle.set(None);
+        self.stay.set(Stay::Welcome);
+    }
+
+    /// Since when it is idle, if it is and was not let go.
+    pub fn idle_since(&self) -> Option<Instant> {
+        self.idle.get().filter(|_| self.stay.get() == Stay::Welcome)
+    }
+
+    /// Its place is needed.
+    pub fn let_go(&self) {
+        self.stay.set(Stay::LetGo);
+    }
+
+    /// Whether it is to end now.
+    pub fn is_let_go(&self) -> bool {
+        self.stay.get() == Stay::LetGo && self.idle.get().is_some()
     }
 
     pub fn flushes(&self) -> u64 {

@@ -20,9 +20,10 @@ use http::{Request, Response};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use tokio::runtime::{Builder, LocalOptions};
-use tokio::task::{spawn_local, yield_now};
-use tokio::time::{Instant, sleep};
+use tokio::task::spawn_local;
+use tokio::time::{Instant, timeout};
 
+use super::accept::accept;
 use super::answer::Answer;
 use super::direct;
 use super::framing::MAX_HEAD;
@@ -34,16 +35,22 @@ use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
 use super::tap::{Preface, Tap};
 use super::transport::arrival::{Arrived, Greeting, Handshakes};
+use super::transport::counts::Turned;
+use super::transport::crowd::{self, Seat, Standing};
 use super::transport::identity::ALPN_HTTP2;
-use super::transport::listener::{Accepting, Listener};
+use super::transport::listener::Listener;
 use super::transport::socket::Socket;
 use super::upstream::Pool;
 use super::websocket;
 use super::wire::Wire;
 use crate::link::Http2;
 
-/// After a failed accept (no descriptors): long enough to let some connection end.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// What a connection that is one too many may take to ask and to be answered.
+pub const ONE_TOO_MANY: Duration = Duration::from_secs(1);
+/// Of which its client may take so long to close.
+pub const ONE_TOO_MANY_CLOSE: Duration = Duration::from_millis(100);
+/// Connections of one worker that are told so at once. Any more are closed without a word.
+const TOO_MANY: usize = 32;
 
 /// What the connections of one thread share.
 pub struct Worker {
@@ -54,11 +61,15 @@ pub struct Worker {
     http: http1::Builder,
     /// What TCP connections begin with.
     greeting: RefCell<Greeting>,
-    handshakes: Handshakes,
+    pub handshakes: Handshakes,
     mode: RefCell<Mode>,
     /// The tasks to wake when the mode changes, so that no connection has to watch for it.
-    connections: RefCell<HashMap<u64, Waker>>,
+    connections: RefCell<HashMap<u64, (Waker, Rc<Wire>)>>,
     next: Cell<u64>,
+    /// Connections that may be open, of all workers.
+    room: Cell<usize>,
+    /// Connections that are one too many.
+    turned: Cell<usize>,
 }
 
 impl std::fmt::Debug for Worker {
@@ -84,6 +95,8 @@ impl Worker {
             mode: RefCell::new(Mode::Serving),
             connections: RefCell::default(),
             next: Cell::new(0),
+            room: Cell::new(usize::MAX),
+            turned: Cell::new(0),
         })
     }
 
@@ -99,6 +112,14 @@ impl Worker {
         self.shared.stamp(at)
     }
 
+    /// What comes before HTTP on this socket.
+    pub fn greeting_of(&self, socket: &Socket) -> Greeting {
+        match socket {
+            Socket::Tcp(_) => self.greeting.borrow().clone(),
+            Socket::Unix(_) => Greeting::NONE,
+        }
+    }
+
     pub fn is_serving(&self) -> bool {
         *self.mode.borrow() == Mode::Serving
     }
@@ -108,11 +129,49 @@ impl Worker {
         if upstream.is_none() {
             self.pool.clear();
         }
+        self.room.set(crowd::room(&snapshot.settings));
         self.greeting.replace(Greeting::new(&snapshot.settings.listen, snapshot.identity.as_deref()));
         if *self.mode.borrow() != snapshot.mode {
             self.mode.borrow_mut().clone_from(&snapshot.mode);
-            self.connections.borrow().values().for_each(Waker::wake_by_ref);
+            self.connections.borrow().values().for_each(|(waker, _)| waker.wake_by_ref());
         }
+    }
+}
+
+impl Worker {
+    /// Lets the connections go that have been idle for the longest, to make room for new ones; how many.
+    fn let_go(&self) -> usize {
+        let connections = self.connections.borrow();
+        let mut idle: Vec<_> = connections.values().filter_map(|open| Some((open.1.idle_since()?, open))).collect();
+        // Some at a time: to look through all of them for each new one would cost the square of their number.
+        let enough = (connections.len() / 16).max(1);
+        if idle.len() > enough {
+            idle.select_nth_unstable_by_key(enough - 1, |(since, _)| *since);
+            idle.truncate(enough);
+        }
+        for (_, (waker, wire)) in &idle {
+            wire.let_go();
+            waker.wake_by_ref();
+        }
+        self.shared.connections.let_go.fetch_add(idle.len() as u64, Relaxed);
+        idle.len()
+    }
+
+    /// The same on all workers. How many go here is known at once.
+    pub fn press(&self) -> usize {
+        let here = self.let_go();
+        if here == 0 {
+            self.shared.pressure.send_modify(|times| *times += 1);
+        }
+        here
+    }
+
+    /// A place in the crowd for one more connection, and how it is to be received.
+    fn seat(&self, address: Option<IpAddr>) -> (Seat, Standing) {
+        let per_peer = self.shared.snapshot().settings.connections_per_peer;
+        let (seat, standing) = Seat::take(&self.shared, address, per_peer);
+        let full = standing == Standing::Welcome && self.shared.crowd.open() > self.room.get();
+        if full && self.press() == 0 { (seat, Standing::Turned(Turned::Crowded)) } else { (seat, standing) }
     }
 }
 
@@ -125,6 +184,7 @@ pub fn run(shared: Arc<Shared>, counters: Arc<Counters>, listeners: Vec<Listener
         for listener in listeners {
             spawn_local(accept(Rc::clone(&worker), listener.begin()?));
         }
+        spawn_local(make_room(Rc::clone(&worker)));
         loop {
             let snapshot = changes.borrow_and_update().clone();
             worker.change(&snapshot);
@@ -138,38 +198,11 @@ pub fn run(shared: Arc<Shared>, counters: Arc<Counters>, listeners: Vec<Listener
     })
 }
 
-/// Accepts one connection at a time and lets the others have theirs in between. What comes before
-/// HTTP (TLS, PROXY) begins here, before [`converse`].
-async fn accept(worker: Rc<Worker>, listener: Accepting) {
-    loop {
-        match listener.accept().await {
-            Ok((socket, address)) => {
-                let worker = Rc::clone(&worker);
-                let greeting = match &socket {
-                    Socket::Tcp(_) => worker.greeting.borrow().clone(),
-                    Socket::Unix(_) => Greeting::NONE,
-                };
-                if greeting.is_none() {
-                    let wire = Wire::plain(Rc::new(socket));
-                    spawn_local(converse(worker, Arrived { wire, address }));
-                } else {
-                    spawn_local(async move {
-                        // Boxed: what only a greeting needs is not kept for the connection's life.
-                        let greeted =
-                            Box::pin(worker.handshakes.greet(&worker.shared, socket, address, greeting)).await;
-                        if let Some(arrived) = greeted {
-                            converse(worker, arrived).await;
-                        }
-                    });
-                }
-                yield_now().await;
-            }
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-            Err(error) => {
-                tracing::warn!(%error, "no connection can be accepted for now");
-                sleep(ACCEPT_PAUSE).await;
-            }
-        }
+/// Lets idle connections go when another worker has none.
+async fn make_room(worker: Rc<Worker>) {
+    let mut pressure = worker.shared.pressure.subscribe();
+    while pressure.changed().await.is_ok() {
+        worker.let_go();
     }
 }
 
@@ -180,10 +213,10 @@ struct Registered {
 }
 
 impl Registered {
-    fn new(worker: &Rc<Worker>, waker: &Waker) -> Self {
+    fn new(worker: &Rc<Worker>, waker: &Waker, wire: &Rc<Wire>) -> Self {
         let id = worker.next.get();
         worker.next.set(id + 1);
-        worker.connections.borrow_mut().insert(id, waker.clone());
+        worker.connections.borrow_mut().insert(id, (waker.clone(), Rc::clone(wire)));
         worker.counters.connections.fetch_add(1, Relaxed);
         worker.counters.connections_total.fetch_add(1, Relaxed);
         Self { worker: Rc::clone(worker), id }
@@ -211,34 +244,53 @@ enum Turn {
     Direct(Box<Response<Answer>>),
 }
 
-async fn converse(worker: Rc<Worker>, arrived: Arrived) {
-    let Arrived { wire: client, address } = arrived;
-    {
-        let waker = poll_fn(|cx| Poll::Ready(cx.waker().clone())).await;
-        let _registered = Registered::new(&worker, &waker);
-        let early = match client.protocol() {
-            Some(agreed) if agreed == ALPN_HTTP2 => Some(Vec::new()),
-            _ => {
-                speak_http1(&worker, &client, address).await;
-                client.http2()
+/// A connection on which HTTP may begin, until its end.
+pub async fn converse(worker: Rc<Worker>, arrived: Arrived) {
+    let (seat, standing) = worker.seat(arrived.address);
+    match standing {
+        Standing::Welcome => speak(&worker, &arrived, standing).await,
+        Standing::Turned(why) => {
+            worker.shared.connections.turn_away(why, arrived.address);
+            if worker.turned.get() < TOO_MANY {
+                worker.turned.set(worker.turned.get() + 1);
+                let _ = timeout(ONE_TOO_MANY, Box::pin(speak(&worker, &arrived, standing))).await;
+                let _ = timeout(ONE_TOO_MANY_CLOSE, arrived.wire.close()).await;
+                worker.turned.set(worker.turned.get() - 1);
             }
-        };
-        if let Some(early) = early {
-            let speaker = http2::Client { worker: Rc::clone(&worker), address, scheme: client.scheme() };
-            // Boxed: most connections have no use for the room.
-            Box::pin(http2::serve(Rc::new(speaker), Rc::clone(&client), early)).await;
+            return;
         }
     }
+    let Arrived { wire: client, address } = arrived;
     if let Some(why) = client.turned() {
         worker.shared.connections.turn_away(why, address);
     }
-    if !client.has_ended() {
+    drop(seat);
+    if !client.has_ended() && !client.is_let_go() {
         client.close().await;
     }
 }
 
+/// Speaks with the client until the connection's end.
+pub async fn speak(worker: &Rc<Worker>, arrived: &Arrived, standing: Standing) {
+    let Arrived { wire: client, address } = arrived;
+    let waker = poll_fn(|cx| Poll::Ready(cx.waker().clone())).await;
+    let _registered = Registered::new(worker, &waker, client);
+    let early = match client.protocol() {
+        Some(agreed) if agreed == ALPN_HTTP2 => Some(Vec::new()),
+        _ => {
+            speak_http1(worker, client, *address, standing).await;
+            client.http2()
+        }
+    };
+    if let Some(early) = early {
+        let speaker = http2::Client { worker: Rc::clone(worker), address: *address, scheme: client.scheme(), standing };
+        // Boxed: most connections have no use for the room.
+        Box::pin(http2::serve(Rc::new(speaker), Rc::clone(client), early)).await;
+    }
+}
+
 /// Until the connection's end, or until it turns out to be HTTP/2.
-async fn speak_http1(worker: &Rc<Worker>, client: &Rc<Wire>, address: Option<IpAddr>) {
+async fn speak_http1(worker: &Rc<Worker>, client: &Rc<Wire>, address: Option<IpAddr>, standing: Standing) {
     let preface = match worker.shared.snapshot().settings.listen.http2 {
         Http2::On => Preface::Possible,
         Http2::Off => Preface::Excluded,
@@ -248,6 +300,7 @@ async fn speak_http1(worker: &Rc<Worker>, client: &Rc<Wire>, address: Option<IpA
         line: Line::Http1(Rc::clone(client)),
         address,
         scheme: client.scheme(),
+        standing,
     });
     let mut tap = Tap::new(Rc::clone(client), worker.shared.timings.client, preface);
     // Who connects during a drain is answered; only what was open before is let go.
@@ -267,7 +320,12 @@ async fn speak_http1(worker: &Rc<Worker>, client: &Rc<Wire>, address: Option<IpA
             }
             match Pin::new(&mut connection).poll(cx) {
                 Poll::Ready(outcome) => Poll::Ready(Turn::Over(outcome)),
-                Poll::Pending => client.handed_over().map_or(Poll::Pending, |answer| Poll::Ready(Turn::Direct(answer))),
+                Poll::Pending => match client.handed_over() {
+                    Some(answer) => Poll::Ready(Turn::Direct(answer)),
+                    // Not before what has come meanwhile was looked at: it may be a request.
+                    None if client.is_let_go() => Poll::Ready(Turn::Over(Ok(()))),
+                    None => Poll::Pending,
+                },
             }
         })
         .await;

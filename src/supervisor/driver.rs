@@ -139,6 +139,8 @@ impl Orderly {
 pub struct Outlook {
     pub status: watch::Receiver<Status>,
     pub engine: watch::Receiver<EngineView>,
+    /// What the proxy lives by, keys and all.
+    pub settings: watch::Receiver<ProxySettings>,
     pub half: Half,
     pub orders: Orderly,
 }
@@ -250,12 +252,13 @@ impl Driver {
         let half = Half::keep(
             spawner.clone(),
             listeners,
-            Orders { settings: settings_reader, engine: engine_reader.clone() },
+            Orders { settings: settings_reader.clone(), engine: engine_reader.clone() },
             tell::proxy_env(&own_env, &config),
         );
         let outlook = Outlook {
             status: status_reader,
             engine: engine_reader,
+            settings: settings_reader,
             half: half.clone(),
             orders: Orderly(reports.clone()),
         };

@@ -51,7 +51,7 @@ pub struct HalfView {
 
 #[derive(Debug)]
 enum Command {
-    Send(Down),
+    Send(Box<Down>),
     /// End the proxy, and keep none from now on.
     Close,
     Scrape(oneshot::Sender<String>),
@@ -102,7 +102,7 @@ impl Half {
 
     fn send(&self, message: Down) {
         // Full: the proxy does not read; it is about to be found dead, and its clients with it.
-        let _ = self.commands.try_send(Command::Send(message));
+        let _ = self.commands.try_send(Command::Send(Box::new(message)));
     }
 
     /// Its metrics page; `None` while no proxy answers.
@@ -222,7 +222,7 @@ async fn run(
                 Down::Engine(orders.engine.borrow_and_update().clone())
             }
             command = inbox.recv() => match command {
-                Some(Command::Send(message)) => message,
+                Some(Command::Send(message)) => *message,
                 Some(Command::Close) => {
                     // The end of the link is its order to end: connections are closed, not reset.
                     drop((reader, writer));

@@ -90,7 +90,11 @@ fn write(from: &Ingredients, launch_id: &str, leftovers: Leftovers) -> Result<Pr
     let spec = launch_spec(&from.config, &from.resolved, &placement);
     write_private(&yaml, spec.yaml.as_bytes()).map_err(|e| no_folder(&yaml.display().to_string(), &e))?;
     Ok(Prepared {
-        upstream: Upstream { addr: port.addr(), api_key: Some(api_key.clone()) },
+        upstream: Upstream {
+            addr: port.addr(),
+            api_key: Some(api_key.clone()),
+            admin_key: Some(admin_api_key.clone()),
+        },
         spec,
         port,
         tree: Tree { launch_id: launch_id.to_owned(), leader: None },

@@ -25,11 +25,22 @@ impl Process {
 
     /// The data plane alone, on a port of the kernel's choice that was free a moment ago.
     pub fn alone(engine: SocketAddr, more: &[&str]) -> (Self, SocketAddr) {
+        Self::of(Command::new(env!("CARGO_BIN_EXE_sglangd")), engine, more)
+    }
+
+    /// The same, with so many descriptors and no way to more.
+    pub fn with_descriptors(count: usize, engine: SocketAddr, more: &[&str]) -> (Self, SocketAddr) {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("ulimit -n {count} && exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_sglangd")]);
+        Self::of(shell, engine, more)
+    }
+
+    fn of(mut command: Command, engine: SocketAddr, more: &[&str]) -> (Self, SocketAddr) {
         let addr = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let (listen, upstream) = (addr.to_string(), format!("http://{engine}"));
         // Scripts of fake engines expect the test's requests and no questions about their load.
         let fixed = ["--listen", &listen, "--upstream", &upstream, "--set", "limits.sizing=fixed"];
-        let process = Self::start(&[&fixed, more].concat());
+        let process = Self(command.arg("proxy").args(fixed).args(more).spawn().unwrap());
         eventually("the proxy listens", || std::net::TcpStream::connect(addr).is_ok());
         (process, addr)
     }

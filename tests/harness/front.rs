@@ -25,6 +25,10 @@ pub fn settings() -> ProxySettings {
         max_body: 1 << 20,
         keys_file: None,
         workers: 1,
+        connections: None,
+        connections_per_peer: None,
+        routes: Vec::new(),
+        auth_routes: Vec::new(),
         listen: ListenSettings::default(),
     }
 }
@@ -36,7 +40,7 @@ pub fn view(state: EngineState, upstream: Option<SocketAddr>) -> EngineView {
         percent: None,
         eta_seconds: None,
         reason: String::new(),
-        upstream: upstream.map(|addr| Upstream { addr, api_key: None }),
+        upstream: upstream.map(|addr| Upstream { addr, api_key: None, admin_key: None }),
         suspected: false,
         will_return: true,
         hold_ms: 0,

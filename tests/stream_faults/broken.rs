@@ -33,6 +33,56 @@ fn d01_an_engine_that_dies_before_its_head_is_a_502() {
     }
 }
 
+/// A listener whose queue of connections is full: the kernel answers nobody any more.
+fn stalled() -> (socket2::Socket, std::net::SocketAddr, Vec<socket2::Socket>) {
+    use socket2::{Domain, Socket, Type};
+    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    listener.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    listener.listen(0).unwrap();
+    let addr = listener.local_addr().unwrap();
+    let waiting = (0..4)
+        .map(|_| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            // In progress for ever, or until somebody accepts.
+            let _ = socket.connect(&addr);
+            socket
+        })
+        .collect();
+    (listener, addr.as_socket().unwrap(), waiting)
+}
+
+#[test]
+fn g18_an_engine_whose_queue_of_connections_is_full_is_tried_twice_and_not_given_up() {
+    let (listener, addr, waiting) = stalled();
+    let mut front = Front::unaware(Timings::default());
+    front.proxy.settings(settings()).unwrap();
+    front.proxy.engine(view(EngineState::Ready, Some(addr)));
+    let since = tokio::time::Instant::now();
+    let answer = Client::ask(front.addr, post(CHAT, "{}"));
+    assert_eq!((answer.status, answer.code().as_str()), (503, "engine_unreachable"));
+    assert!(answer.header("retry-after").unwrap().parse::<u64>().unwrap() >= 1);
+    // One attempt of a second, and another one.
+    assert!((1900..15_000).contains(&since.elapsed().as_millis()), "{:?}", since.elapsed());
+    front.holds(0, 0);
+    // Not dead, only busy: once it accepts again, everything passes.
+    assert_eq!(Client::ask(front.addr, get("/ready")).status, 200);
+    drop(waiting);
+    let listener = std::net::TcpListener::from(listener);
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            use std::io::{Read as _, Write as _};
+            let asked = stream.read(&mut [0; 4096]).unwrap_or(0);
+            let _ = if asked > 0 {
+                stream.write_all(crate::harness::engine::json("200 OK", "{}").as_bytes())
+            } else {
+                Ok(())
+            };
+        }
+    });
+    eventually("it serves again", || Client::ask(front.addr, post(CHAT, "{}")).status == 200);
+}
+
 #[test]
 fn d01_an_engine_that_takes_no_connections_is_a_503() {
     let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();

@@ -101,6 +101,16 @@ fn d07_done_with_an_open_socket_frees_the_place() {
 }
 
 #[test]
+fn d07_what_comes_behind_done_passes_too() {
+    let late = [EVENTS.as_bytes(), &chunk("data: [DONE]\n\n"), &chunk("data: late\n\n"), LAST].concat();
+    let engine = Engine::answering(late);
+    let front = Front::of(&engine);
+    let answer = Client::ask(front.addr, post(CHAT, "{}"));
+    assert_eq!((answer.end, answer.text().as_str()), (End::Complete, "data: [DONE]\n\ndata: late\n\n"));
+    front.holds(0, 0);
+}
+
+#[test]
 fn d07_bytes_behind_the_answer_make_the_connection_useless() {
     let engine = Engine::start(|connection| {
         while connection.request().is_some() {
@@ -127,6 +137,19 @@ fn d08_compressed_and_close_delimited_answers_pass() {
     assert_eq!((answer.end, answer.text().as_str()), (End::Complete, "\x1f\x08data: to the end"));
     assert_eq!(answer.header("content-encoding"), Some("gzip"));
     assert_eq!(answer.header("transfer-encoding"), Some("chunked"));
+}
+
+#[test]
+fn d08_an_event_stream_with_a_length_keeps_it() {
+    let engine =
+        Engine::answering("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 9\r\n\r\ndata: x\n\n");
+    let front = Front::of(&engine);
+    let mut client = Client::connect(front.addr);
+    for _ in 0..2 {
+        let answer = client.send(post(CHAT, "{}")).answer();
+        assert_eq!((answer.end, answer.text().as_str()), (End::Complete, "data: x\n\n"));
+        assert_eq!((answer.header("content-length"), answer.header("transfer-encoding")), (Some("9"), None));
+    }
 }
 
 #[test]
@@ -192,4 +215,37 @@ fn a_large_request_is_streamed_through_and_arrives_whole() {
     release.send(()).unwrap();
     assert_eq!(client.answer().status, 200);
     assert!(engine.text(0).ends_with(&format!("\r\n\r\n{body}")), "the body arrived changed");
+}
+
+#[test]
+fn d12_what_has_one_value_is_said_once_and_lists_stay_lists() {
+    let head = "HTTP/1.1 200 OK\r\nDate: Thu, 01 Jan 1970 00:00:00 GMT\r\nDate: Fri, 02 Jan 1970 00:00:00 GMT\r\nServer: uvicorn\r\n\
+                Server: other\r\nAccess-Control-Allow-Origin: *\r\nAccess-Control-Allow-Origin: https://a\r\n\
+                Access-Control-Allow-Credentials: true\r\nAccess-Control-Allow-Credentials: true\r\nVary: a\r\nVary: b\r\n\
+                Set-Cookie: x=1\r\nSet-Cookie: y=2\r\n";
+    let whole =
+        format!("{head}Content-Type: application/json\r\nContent-Type: text/html\r\nContent-Length: 2\r\n\r\n{{}}");
+    let stream = format!(
+        "{head}Content-Type: text/event-stream\r\nContent-Type: text/html\r\nTransfer-Encoding: chunked\r\n\r\n"
+    );
+    let stream = [stream.as_bytes(), &chunk("data: x\n\n"), LAST].concat();
+    for (answer, kind) in [(whole.into_bytes(), "application/json"), (stream, "text/event-stream")] {
+        let engine = Engine::answering(answer);
+        let front = Front::of(&engine);
+        let answer = Client::ask(front.addr, post(CHAT, "{}"));
+        assert_eq!((answer.status, answer.end), (200, End::Complete));
+        for (field, value) in [
+            ("date", "thu, 01 jan 1970 00:00:00 gmt"),
+            ("server", "uvicorn"),
+            ("access-control-allow-origin", "*"),
+            ("access-control-allow-credentials", "true"),
+            ("content-type", kind),
+        ] {
+            let lines = answer.head.lines().filter(|line| line.starts_with(&format!("{field}:"))).count();
+            assert_eq!((lines, answer.header(field)), (1, Some(value)), "{field} in {}", answer.head);
+        }
+        for list in ["vary: a", "vary: b", "set-cookie: x=1", "set-cookie: y=2"] {
+            assert!(answer.head.contains(&format!("{list}\r\n")), "{list} is gone: {}", answer.head);
+        }
+    }
 }

@@ -3,6 +3,7 @@
 //! Knows the bytes of one head and nothing of what came before; the body is the checker's.
 
 use http::StatusCode;
+use memchr::{memchr, memchr2};
 
 use super::{Framing, MAX_HEAD, MAX_LINE, MAX_TARGET, Violation};
 
@@ -47,9 +48,11 @@ impl<'a> Lines<'a> {
     /// The next line without its CRLF; `None` when it has no end yet.
     fn next_line(&mut self) -> Result<Option<&'a [u8]>, Violation> {
         let rest = &self.bytes[self.at..];
-        let Some(end) = rest.iter().position(|&byte| byte < 0x20 && byte != b'\t' || byte == 0x7f) else {
-            return Ok(None);
-        };
+        let end = memchr2(b'\r', b'\n', rest);
+        if has_control(&rest[..end.unwrap_or(rest.len())]) {
+            return Err(Violation::bad("a control character stands in the head"));
+        }
+        let Some(end) = end else { return Ok(None) };
         match (rest[end], rest.get(end + 1)) {
             (b'\r', Some(b'\n')) => {
                 self.at += end + 2;
@@ -57,10 +60,15 @@ impl<'a> Lines<'a> {
             }
             (b'\r', None) => Ok(None),
             (b'\r', _) => Err(Violation::bad("a carriage return stands alone in the head")),
-            (b'\n', _) => Err(Violation::bad("a line of the head ends without carriage return")),
-            _ => Err(Violation::bad("a control character stands in the head")),
+            _ => Err(Violation::bad("a line of the head ends without carriage return")),
         }
     }
+}
+
+/// Whether a byte stands there that is neither text nor a tab. Without a branch for each byte, so that
+/// sixteen are looked at in one step: this sees every byte of every head.
+fn has_control(bytes: &[u8]) -> bool {
+    bytes.iter().fold(0, |found, &byte| found | u8::from(byte < 0x20 && byte != b'\t' || byte == 0x7f)) != 0
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -132,7 +140,7 @@ impl<'a> Fields<'a> {
         if matches!(line[0], b' ' | b'\t') {
             return Err(Violation::bad("a header is folded over two lines"));
         }
-        let colon = line.iter().position(|&byte| byte == b':').ok_or(Violation::bad("a header has no colon"))?;
+        let colon = memchr(b':', line).ok_or(Violation::bad("a header has no colon"))?;
         let (name, value) = (&line[..colon], &line[colon + 1..]);
         if name.is_empty() || !name.iter().copied().all(is_token) {
             return Err(Violation::bad("a header's name is malformed"));
@@ -205,8 +213,25 @@ fn transfer_encoding(value: &[u8]) -> Result<(), Violation> {
     Err(Violation::with(StatusCode::NOT_IMPLEMENTED, "the only transfer coding known here is chunked"))
 }
 
+/// RFC 9110 §5.6.2, as a table: names are the larger part of most heads.
+const TOKEN: [bool; 256] = {
+    let mut table = [false; 256];
+    let more = b"!#$%&'*+-.^_`|~";
+    let mut byte: u8 = 0;
+    while byte < 128 {
+        table[byte as usize] = byte.is_ascii_alphanumeric();
+        byte += 1;
+    }
+    let mut at = 0;
+    while at < more.len() {
+        table[more[at] as usize] = true;
+        at += 1;
+    }
+    table
+};
+
 fn is_token(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+    TOKEN[usize::from(byte)]
 }
 
 /// Whether the method is one that some route may take.

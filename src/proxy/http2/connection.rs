@@ -32,10 +32,10 @@ pub async fn serve(client: Rc<Client>, wire: Rc<Wire>, early: Vec<u8>) {
     counters.http2_connections_total.fetch_add(1, Relaxed);
     let patience = client.worker.shared.timings.client;
     let seen = Seen::new();
-    let io = Io::new(wire, Rc::clone(&seen), early, patience.write);
+    let io = Io::new(Rc::clone(&wire), Rc::clone(&seen), early, patience.write);
     match timeout(patience.head, super::settings().handshake::<_, Piece>(io)).await {
         Ok(Ok(connection)) => {
-            let mut connection = Connection::new(Rc::clone(&client), connection, seen, patience);
+            let mut connection = Connection::new(Rc::clone(&client), wire, connection, seen, patience);
             poll_fn(|cx| connection.poll(cx)).await;
         }
         Ok(Err(error)) => tracing::debug!(%error, "a connection of HTTP/2 did not begin"),
@@ -80,6 +80,7 @@ struct Pulse {
 
 struct Connection {
     client: Rc<Client>,
+    wire: Rc<Wire>,
     h2: h2::server::Connection<Io, Piece>,
     pings: Option<PingPong>,
     streams: FuturesUnordered<Stream>,
@@ -93,10 +94,17 @@ struct Connection {
 }
 
 impl Connection {
-    fn new(client: Rc<Client>, mut h2: h2::server::Connection<Io, Piece>, seen: Rc<Seen>, patience: Patience) -> Self {
+    fn new(
+        client: Rc<Client>,
+        wire: Rc<Wire>,
+        mut h2: h2::server::Connection<Io, Piece>,
+        seen: Rc<Seen>,
+        patience: Patience,
+    ) -> Self {
         let farewell = if client.worker.is_serving() { Farewell::Due } else { Farewell::AfterFirst };
         Self {
             client,
+            wire,
             pings: h2.ping_pong(),
             h2,
             streams: FuturesUnordered::new(),
@@ -137,6 +145,10 @@ impl Connection {
                 Some(reason) if self.phase != Phase::Ended => self.stop(reason),
                 _ => break,
             }
+        }
+        if self.wire.is_let_go() && self.phase != Phase::Ended {
+            self.stop(Reason::NO_ERROR);
+            cx.waker().wake_by_ref();
         }
         self.poll_clocks(cx)
     }
@@ -204,7 +216,7 @@ impl Connection {
 
     /// Starts and ends the clocks that the present state asks for.
     fn set_clocks(&mut self) {
-        let Self { clocks, patience, .. } = self;
+        let Self { clocks, patience, wire, .. } = self;
         let after = |patience: Duration| Instant::now() + patience;
         match (self.seen.watch.borrow().awaits_head(), &clocks.head) {
             (None, None) => {}
@@ -212,6 +224,7 @@ impl Connection {
             (head, _) => clocks.head = head.map(|head| (head, after(patience.head))),
         }
         if self.streams.is_empty() {
+            wire.rest(Instant::now());
             clocks.beat = None;
             match self.phase {
                 Phase::Open => _ = clocks.idle.get_or_insert_with(|| after(patience.idle)),
@@ -219,6 +232,7 @@ impl Connection {
                 Phase::Ended => {}
             }
         } else {
+            wire.work();
             clocks.idle = None;
             if self.phase != Phase::Ended {
                 clocks.farewell = None;

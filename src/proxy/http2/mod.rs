@@ -31,6 +31,7 @@ pub use flow::Flow;
 pub use upload::Upload;
 
 use super::framing::MAX_HEAD;
+use super::transport::crowd::Standing;
 use super::wire::Scheme;
 use super::worker::Worker;
 
@@ -41,6 +42,7 @@ pub struct Client {
     /// None: it came over a Unix socket.
     pub address: Option<IpAddr>,
     pub scheme: Scheme,
+    pub standing: Standing,
 }
 
 /// Whether a connection's first bytes are HTTP/2's.

@@ -100,6 +100,7 @@ impl Stream {
             line: Line::Http2(Rc::clone(&flow)),
             address: client.address,
             scheme: client.scheme,
+            standing: client.standing,
         };
         let answering = Box::pin(service::answer(Rc::new(peer), Request::from_parts(parts, upload)));
         Self { client, flow, state: State::Asking { answering, reply, asked, interim } }

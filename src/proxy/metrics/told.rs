@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn the_page_tells_by_route_and_key_what_all_workers_were_told() {
         let workers = [Arc::new(Counters::default()), Arc::new(Counters::default())];
-        let label = |key| match routes::decide("/v1/chat/completions") {
+        let label = |key| match routes::Table::default().decide("/v1/chat/completions").0 {
             routes::Decision::Engine(route) => Label::route(route).of(KeyId(key)),
             _ => unreachable!("an inference route"),
         };

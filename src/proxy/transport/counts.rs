@@ -23,6 +23,12 @@ pub enum Turned {
     ProxyHeader,
     /// TLS is asked for, and there is no certificate that could be used.
     NoCertificate,
+    /// As many connections are open as may, and none of them is idle.
+    Crowded,
+    /// As many connections of its address are open as may.
+    PeerCrowded,
+    /// There was no descriptor for it but the one that is held back.
+    NoDescriptor,
 }
 
 impl Turned {
@@ -37,12 +43,16 @@ impl Turned {
                  listen.proxy_protocol asks for one",
             ),
             Self::HandshakeCrowded => Some("too many TLS handshakes at once: the oldest are closed"),
-            Self::HandshakeSlow | Self::HandshakeFailed => None,
+            Self::Crowded => Some("as many connections are open as may (limits.connections): new ones get a 503"),
+            Self::NoDescriptor => {
+                Some("there are no descriptors for new connections: they get a 503; raise the limit of open files")
+            }
+            Self::HandshakeSlow | Self::HandshakeFailed | Self::PeerCrowded => None,
         }
     }
 }
 
-const TURNED: [(Turned, &str); 7] = [
+const TURNED: [(Turned, &str); 10] = [
     (Turned::HandshakeSlow, "handshake_timeout"),
     (Turned::HandshakeFailed, "handshake_failed"),
     (Turned::HandshakeCrowded, "handshake_crowded"),
@@ -50,11 +60,18 @@ const TURNED: [(Turned, &str); 7] = [
     (Turned::TlsToPlain, "tls_to_plain"),
     (Turned::ProxyHeader, "proxy_header"),
     (Turned::NoCertificate, "no_certificate"),
+    (Turned::Crowded, "crowded"),
+    (Turned::PeerCrowded, "peer_crowded"),
+    (Turned::NoDescriptor, "no_descriptor"),
 ];
 
 #[derive(Debug, Default)]
 pub struct Counts {
     turned: [(AtomicU64, Seldom); TURNED.len()],
+    /// Idle ones that were closed to make room.
+    pub let_go: AtomicU64,
+    /// What `accept` complains of.
+    pub unaccepted: Seldom,
     pub handshakes: AtomicU64,
     pub certificates_read: AtomicU64,
     pub certificates_refused: AtomicU64,
@@ -82,6 +99,9 @@ impl Counts {
             // Writing into a String does not fail.
             let _ = writeln!(out, "sglangd_{name}{{reason=\"{label}\"}} {}", self.turned[why as usize].0.load(Relaxed));
         }
+        let name = "connections_let_go_total";
+        out.push_str(&begin(name, "counter", "Idle connections closed, the oldest first, to make room for new ones."));
+        let _ = writeln!(out, "sglangd_{name} {}", self.let_go.load(Relaxed));
         let name = "tls_handshakes_total";
         out.push_str(&begin(name, "counter", "TLS handshakes that came to their end."));
         let _ = writeln!(out, "sglangd_{name} {}", self.handshakes.load(Relaxed));

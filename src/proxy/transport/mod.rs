@@ -12,6 +12,7 @@
 
 pub mod arrival;
 pub mod counts;
+pub mod crowd;
 pub mod identity;
 pub mod listener;
 pub mod proxy_header;

@@ -15,7 +15,6 @@ use crate::link::Upstream;
 #[derive(Debug)]
 pub struct Answer {
     pub status: StatusCode,
-    #[allow(dead_code)] // redacted copies are about to ask
     pub headers: HeaderMap,
     pub body: Vec<u8>,
 }

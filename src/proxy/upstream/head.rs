@@ -78,7 +78,9 @@ pub fn parse(bytes: &[u8], method: &Method) -> Result<Option<Head>, BadHead> {
         if name == UPGRADE {
             upgrade = Some(value()?);
         }
-        if !headers::is_hop_by_hop(&name) && name != CONTENT_LENGTH {
+        // Said twice, the first one counts: see docs/security.md.
+        let again = headers::is_single(&name) && headers.contains_key(&name);
+        if !headers::is_hop_by_hop(&name) && name != CONTENT_LENGTH && !again {
             headers.append(name, value()?);
         }
     }
@@ -130,6 +132,14 @@ mod tests {
         assert_eq!((head.framing, head.headers[CONTENT_LENGTH].as_bytes()), (None, &b"9"[..]));
         let head = get(b"HTTP/1.1 204 No Content\r\nContent-Length: 9\r\n\r\n").unwrap().unwrap();
         assert!(head.framing.is_none() && head.headers.get(CONTENT_LENGTH).is_none());
+    }
+
+    #[test]
+    fn what_a_client_reads_once_is_said_once() {
+        let head = get(b"HTTP/1.1 200 OK\r\nServer: a\r\nServer: b\r\nSet-Cookie: x\r\nSet-Cookie: y\r\n\r\n");
+        let headers = head.unwrap().unwrap().headers;
+        assert_eq!(headers.get_all("server").iter().collect::<Vec<_>>(), ["a"]);
+        assert_eq!(headers.get_all("set-cookie").iter().collect::<Vec<_>>(), ["x", "y"]);
     }
 
     #[test]
