@@ -305,6 +305,110 @@ async fn it_serves_streams_survives_a_dead_scheduler_and_stops_in_mid_stream() {
     );
 }
 
+/// A scheduler can be told to spin by SIGUSR1.
+fn may_spin(setup: Setup) -> Setup {
+    setup.env("PYTHONPATH", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients/spin"))
+}
+
+fn the_pid(daemon: &Daemon, title: &str) -> Pid {
+    let found = daemon.processes_named(title);
+    assert_eq!(found.len(), 1, "{title}: {found:?}");
+    Pid::from_raw(found[0].pid)
+}
+
+/// The first suspicion of a hang: why, and after how long.
+async fn suspects(daemon: &mut Daemon, within: Duration) -> (String, Duration) {
+    let begun = Instant::now();
+    daemon
+        .until("a hang is suspected", within, async |daemon| {
+            let status = daemon.status().await?;
+            let why = status.pointer("/engine/suspicion")?.as_str()?.to_owned();
+            (!why.is_empty()).then(|| (why, begun.elapsed()))
+        })
+        .await
+}
+
+/// The cause is told once it was examined, some time after the state.
+async fn blames(daemon: &mut Daemon, words: &[&str]) {
+    let log = async |daemon: &Daemon| words.iter().all(|word| daemon.log().contains(word)).then_some(());
+    daemon.until("the cause in the log", Duration::from_secs(30), log).await;
+}
+
+async fn serves_no_more(daemon: &mut Daemon, within: Duration) -> Duration {
+    let begun = Instant::now();
+    daemon
+        .until("it is acted upon", within, async |daemon| {
+            daemon.state().await.filter(|state| state != "ready" && state != "busy").map(|_| begun.elapsed())
+        })
+        .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "heavy: tests/run prepares it"]
+async fn g10_a_stopped_a_spinning_and_a_dead_process_are_each_found_in_their_own_time() {
+    let setup = may_spin(one_rank(from_folder())).set("health.hang_after", "60s").set("shutdown.grace", "14s");
+    let mut daemon = setup.start();
+    let first = engine_pid(&daemon.is_ready(START).await);
+    streams(&daemon).await;
+
+    // Stopped: by its state alone, nobody waiting. What goes on again is trusted again.
+    let scheduler = the_pid(&daemon, "sglang::scheduler");
+    kill(scheduler, Signal::SIGSTOP).unwrap();
+    let (why, stopped) = suspects(&mut daemon, Duration::from_secs(15)).await;
+    assert!(why.contains(&format!("sglang::scheduler (pid {scheduler}) is stopped")), "{why}");
+    kill(scheduler, Signal::SIGCONT).unwrap();
+    daemon
+        .until("trusted again", Duration::from_secs(30), async |daemon| {
+            (daemon.status().await?.pointer("/engine/suspected_seconds")?.is_null()).then_some(())
+        })
+        .await;
+    streams(&daemon).await;
+
+    // It spins, with a stream on it: CPU time is no sign of life.
+    let mut answer = open_stream(&daemon, LONG_ANSWER).await;
+    let mut streamed = Streamed::default();
+    streamed.read(&mut answer, 5).await;
+    kill(scheduler, Signal::SIGUSR1).unwrap();
+    let (why, spinning) = suspects(&mut daemon, Duration::from_mins(1)).await;
+    assert!(why.starts_with("no token, no batch, no figure that moves") && why.contains("waits"), "{why}");
+    assert!(spinning > Duration::from_secs(20), "before any silence: {spinning:?}");
+    let acted = spinning + serves_no_more(&mut daemon, Duration::from_secs(90)).await;
+    blames(&mut daemon, &["The engine hung: no token"]).await;
+    streamed.read(&mut answer, usize::MAX).await;
+    assert!(streamed.error().is_some() && !streamed.is_done(), "{streamed:?}");
+    let second = engine_pid(&daemon.is_ready(START).await);
+    assert_ne!(second, first);
+
+    // The detokenizer dies: with the engine's defaults 66 s of silence, here nothing is waited for.
+    kill(the_pid(&daemon, "sglang::detokenizer"), Signal::SIGKILL).unwrap();
+    let died = serves_no_more(&mut daemon, Duration::from_secs(10)).await;
+    daemon.stops_clean(Duration::from_secs(16)).await;
+    eprintln!(
+        "real engine: SIGSTOP suspected after {stopped:.1?}; spinning suspected after {spinning:.1?}, acted upon after \
+         {acted:.1?} (hang_after 60 s); dead detokenizer noticed after {died:.2?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "heavy: tests/run prepares it"]
+async fn g06_a_health_of_200_with_a_dead_scheduler_is_not_believed() {
+    // So switched, the engine answers 200 to every `/health`, whatever its scheduler does.
+    let setup = may_spin(one_rank(from_folder()))
+        .env("SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION", "0")
+        .set("health.hang_after", "24s")
+        .set("health.probe_interval", "5s");
+    let mut daemon = setup.start();
+    daemon.is_ready(START).await;
+    let mut answer = open_stream(&daemon, LONG_ANSWER).await;
+    Streamed::default().read(&mut answer, 5).await;
+    kill(the_pid(&daemon, "sglang::scheduler"), Signal::SIGUSR1).unwrap();
+    let (_, suspected) = suspects(&mut daemon, Duration::from_secs(40)).await;
+    let acted = suspected + serves_no_more(&mut daemon, Duration::from_mins(1)).await;
+    blames(&mut daemon, &["The engine hung: no token", "its /health says 200 all the while"]).await;
+    daemon.stops_clean(Duration::from_secs(27)).await;
+    eprintln!("real engine: /health 200 all the while, suspected after {suspected:.1?}, acted upon after {acted:.1?}");
+}
+
 /// The embedded hub as a process of its own, ended with the test.
 struct Hub {
     process: Child,
@@ -430,10 +534,10 @@ fn ranks(daemon: &Daemon) -> BTreeSet<String> {
 /// The one scenario of TP=8: at most three starts in it, whatever is added.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "heavy: tests/run prepares it"]
-async fn tp8_the_shipped_configuration_starts_eight_ranks_and_loses_one() {
+async fn tp8_the_shipped_configuration_starts_eight_ranks_loses_one_and_has_one_stopped() {
     let all: BTreeSet<String> = (0..8).map(|rank| format!("sglang::scheduler_TP{rank}")).collect();
     let begun = Instant::now();
-    let mut daemon = eight_ranks().start();
+    let mut daemon = eight_ranks().set("health.hang_after", "60s").start();
     daemon.is_ready(START_TP8).await;
     let to_ready = begun.elapsed();
     assert_eq!(ranks(&daemon), all);
@@ -459,9 +563,24 @@ async fn tp8_the_shipped_configuration_starts_eight_ranks_and_loses_one() {
     assert_ne!(engine_pid(&status), before);
     assert_eq!(ranks(&daemon), all, "whole again, and nothing of the first engine beside it");
     streams(&daemon).await;
+    let back = killed.elapsed();
+
+    // Somebody stops one of eight: known at once, nobody waiting, and acted upon after the limit.
+    let before = engine_pid(&status);
+    let stopped = Instant::now();
+    kill(the_pid(&daemon, "sglang::scheduler_TP3"), Signal::SIGSTOP).unwrap();
+    let (why, suspected) = suspects(&mut daemon, Duration::from_secs(20)).await;
+    assert!(why.contains("sglang::scheduler_TP3") && why.contains("is stopped"), "{why}");
+    let acted = suspected + serves_no_more(&mut daemon, Duration::from_mins(2)).await;
+    assert!(acted >= Duration::from_secs(55), "not before the limit: {acted:?}");
+    blames(&mut daemon, &["The engine hung: sglang::scheduler_TP3"]).await;
+    let status = daemon.is_ready(START_TP8).await;
+    assert_ne!(engine_pid(&status), before);
+    assert_eq!(ranks(&daemon), all, "a stopped rank dies of SIGKILL too");
     eprintln!(
-        "real engine, tp 8: ready {to_ready:.1?}, dead rank noticed {to_notice:.1?}, back {:.1?}",
-        killed.elapsed()
+        "real engine, tp 8: ready {to_ready:.1?}, dead rank noticed {to_notice:.1?}, back {back:.1?}; stopped rank suspected \
+         {suspected:.1?}, acted upon {acted:.1?} (hang_after 60 s), back {:.1?}",
+        stopped.elapsed()
     );
     daemon.stops_clean(Duration::from_secs(27)).await;
 }

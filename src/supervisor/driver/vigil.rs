@@ -284,12 +284,15 @@ impl Driver {
         }
     }
 
-    /// Ready: from now on its ranks are known, and each that ends is told of at once.
+    /// Ready: from now on its ranks are known, and each that ends is told of at once. Ready again after it was
+    /// busy: nothing begins.
     pub(super) fn begin_watch(&mut self) {
         let now = self.now();
         self.vigil.watch.passed(now);
-        self.vigil.served = true;
         self.vigil.suspicion = None;
+        if std::mem::replace(&mut self.vigil.served, true) {
+            return;
+        }
         let Some(engine) = &mut self.engine else { return };
         engine.stop_watching();
         self.ranks = engine.note_ranks();
