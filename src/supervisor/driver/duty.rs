@@ -1,6 +1,7 @@
 //! What the driver does with news from outside, and by itself each second.
 
 use super::{Driver, Event, Order, Report, State};
+use crate::engine::death::Reached;
 use crate::engine::log::{Fact, Signature};
 use crate::engine::remarks::Expected;
 use crate::health::watch::Sign;
