@@ -13,6 +13,7 @@ pub mod health;
 pub mod keys;
 pub mod launch;
 pub mod link;
+pub mod node;
 pub mod observe;
 pub mod proxy;
 pub mod shutdown;

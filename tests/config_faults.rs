@@ -591,6 +591,11 @@ fn plan_shows_the_whole_start() {
         "enable-metrics: true\nspeculative-draft-model-path: org/draft\nspeculative-draft-model-revision: v2",
     )
     .set("engine.env.A=b c");
+    let gpus = machine.folder.path().join("gpus");
+    std::fs::create_dir(&gpus).unwrap();
+    let gpu = r#"{"index": 0, "uuid": "GPU-1", "name": "NVIDIA H100", "memory_total": 80, "memory_used": 1}"#;
+    std::fs::write(gpus.join("gpus.json"), format!(r#"{{"driver": "580.95.05", "gpus": [{gpu}]}}"#)).unwrap();
+    let machine = machine.env("SGLANGD_SIM_GPUS", gpus);
     let ended = machine.plan(&["--json", "--listen", "127.0.0.1:0"]);
     assert_eq!(ended.code, 0, "{}", ended.err);
     let folder = machine.folder.path().to_str().unwrap();

@@ -215,11 +215,57 @@ async fn as_pid_1_it_serves_reaps_and_stops_clean() {
     })
     .await;
 
+    // J04: ten thousand of them, while a client reads.
+    let storm = "i=0; while [ $i -lt 10000 ]; do (sleep 0.1 &); i=$((i+1)); done";
+    let mut storm = podman.command(&["exec", NAME, "sh", "-c", storm]).spawn().unwrap();
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let (mut asked, begun) = (0, Instant::now());
+    while storm.try_wait().unwrap().is_none() {
+        assert!(begun.elapsed() < Duration::from_mins(5), "the storm does not end");
+        let live = client.get(format!("http://{}/ready", container.public)).send().await.unwrap();
+        assert_eq!(live.status(), 200);
+        asked += 1;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(storm.wait().unwrap().success() && asked > 0);
+    eprintln!("container: 10,000 orphans in {:.1?}, {asked} answers meanwhile", begun.elapsed());
+    eventually("all of them are reaped", Duration::from_secs(10), async || {
+        (orphans() == 0 && zombies() == 0).then_some(())
+    })
+    .await;
+
+    assert!(container.log().contains("must give more than 25 s to stop"), "J15: {}", container.log());
     let stopping = Instant::now();
     podman.does(&["stop", "--time", "40", NAME]);
     assert_eq!(container.ends(Duration::from_secs(30)).await, Some(0), "{}", container.log());
     assert!(stopping.elapsed() < Duration::from_secs(26), "within the grace, not by podman's SIGKILL");
     eprintln!("container: podman stop took {:.1?}", stopping.elapsed());
+    container.leaves_nothing().await;
+}
+
+#[tokio::test]
+#[ignore = "heavy: tests/run prepares it"]
+async fn j15_a_runtime_that_gives_less_than_the_grace_cuts_it_and_leaves_nothing() {
+    let podman = Podman::with_image();
+    let mut container = podman.run();
+    container.is_ready().await;
+    let open = reqwest::Client::builder().no_proxy().build().unwrap();
+    let stream = open
+        .post(format!("http://{}/v1/chat/completions", container.public))
+        .json(&serde_json::json!({
+            "model": "small",
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 100_000,
+            "ignore_eos": true,
+            "stream": true,
+        }))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(stream.status(), 200);
+    // Less than the 25 s that the stream would be given.
+    podman.does(&["stop", "--time", "3", NAME]);
+    assert_eq!(container.ends(Duration::from_secs(15)).await, Some(137), "by the runtime's SIGKILL");
     container.leaves_nothing().await;
 }
 

@@ -6,6 +6,7 @@ mod harness;
 
 mod config_proof;
 mod container;
+mod degraded;
 mod hub_cache;
 mod real_engine;
 mod systemd;

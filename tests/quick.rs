@@ -19,6 +19,7 @@ mod http_faults;
 mod keys_faults;
 mod limits_faults;
 mod main_job;
+mod node_faults;
 mod opened_routes;
 mod operator_routes;
 mod probe_and_status;

@@ -188,7 +188,7 @@ async fn j05_time_in_which_it_was_stopped_is_no_silence_of_the_engines() {
 async fn j04_a_storm_of_orphans_is_reaped_and_starves_nobody() {
     const ORPHANS: usize = 400;
     let storm =
-        format!("i=0; while [ $i -lt {ORPHANS} ]; do (sleep 1 &) ; i=$((i+1)); done; exec {SGLANGD} simulate \"$@\"");
+        format!("i=0; while [ $i -lt {ORPHANS} ]; do (sleep 4 &) ; i=$((i+1)); done; exec {SGLANGD} simulate \"$@\"");
     let mut daemon = script(quick(""), &storm).start();
     let children = |daemon: &Daemon| processes::all().into_iter().filter(|p| p.parent == daemon.pid()).count();
     let mut most = 0;

@@ -452,7 +452,8 @@ fn cause(engine: &Engine, how: How, reached: Reached) -> Class {
         }
         tail.push(line.message.into_owned());
     });
-    classify(&Evidence { how, reached, tail: &tail, signatures: &signatures, oom_kill: None }).class
+    let (oom_kill, hardware, gpu_fault) = (None, None, None);
+    classify(&Evidence { how, reached, tail: &tail, signatures: &signatures, oom_kill, hardware, gpu_fault }).class
 }
 
 #[tokio::test]

@@ -190,6 +190,15 @@ async fn the_unit_is_ready_when_the_engine_is_reloads_and_stops_clean() {
     assert!(answer.contains("data: [DONE]"), "{answer}");
     assert_eq!(here.says(&["stat", "-c", "%U", &format!("/proc/{}", here.property("MainPID"))]).trim(), "sglangd");
 
+    // The engine lives in a cgroup of its own, and sglangd where systemd put it.
+    let group = status["engine"]["cgroup"].as_str().expect("Delegate=yes").to_owned();
+    let inside = here.says(&["cat", &format!("{group}/cgroup.procs")]);
+    let main_process = status["engine"]["pid"].to_string();
+    assert!(inside.lines().any(|pid| pid == main_process), "{inside}");
+    assert!(group.contains("sglangd.service/sglangd-engine-"), "{group}");
+    let supervisor = here.property("MainPID");
+    assert!(!inside.lines().any(|pid| pid == supervisor), "{inside}");
+
     // Reload: limits go live, the engine stays.
     let engine = status["engine"]["pid"].clone();
     let main = here.property("MainPID");
@@ -234,6 +243,33 @@ async fn a_killed_supervisor_is_restarted_and_nothing_of_before_lives_on() {
     let after = here.in_cgroup();
     assert!(before.iter().all(|pid| !after.contains(pid)), "{before:?} and now {after:?}\n{}", here.of_the_user());
     assert_ne!(here.status().unwrap()["engine"]["pid"], engine);
+    here.says(&["systemctl", "stop", "sglangd"]);
+    here.nothing_is_left().await;
+}
+
+#[tokio::test]
+#[ignore = "heavy: tests/run prepares it"]
+async fn j16_a_start_longer_than_systemds_patience_gets_more_as_long_as_it_makes_progress() {
+    let here = SystemdBox::boot(&simulated(""));
+    here.says(&["mkdir", "-p", "/run/systemd/system/sglangd.service.d"]);
+    let patience = "printf '[Service]\nTimeoutStartSec=4s\nEnvironment=SGLANG_SIM_START_SECONDS=25\n' \
+                    > /run/systemd/system/sglangd.service.d/patience.conf";
+    here.says(&["sh", "-c", patience]);
+    here.says(&["systemctl", "daemon-reload"]);
+    let begun = Instant::now();
+    start_and_watch(&here).await;
+    assert!(begun.elapsed() > Duration::from_secs(8), "it was no long start: {:?}", begun.elapsed());
+    assert_eq!(here.property("NRestarts"), "0");
+    here.says(&["systemctl", "stop", "sglangd"]);
+    here.nothing_is_left().await;
+}
+
+#[tokio::test]
+#[ignore = "heavy: tests/run prepares it"]
+async fn j16_giving_up_is_serving_to_systemd_too() {
+    let here = SystemdBox::boot(&simulated("  env: {SGLANG_SIM_FAULT: bad_flag}\n"));
+    start_and_watch(&here).await;
+    assert_eq!(here.status().expect("it serves")["state"], "gave_up");
     here.says(&["systemctl", "stop", "sglangd"]);
     here.nothing_is_left().await;
 }

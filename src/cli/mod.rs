@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 pub use crate::exit;
+pub mod bundle;
 mod certificate;
 pub mod fetch;
 pub mod guard;
@@ -47,6 +48,8 @@ pub enum Command {
     Probe(probe::ProbeArgs),
     /// Show what a running sglangd is doing.
     Status(status::StatusArgs),
+    /// Write down all that can be known of the engine now, and say where it lies.
+    Bundle(bundle::BundleArgs),
     /// Replace the engine with a fresh one: open answers end, new requests wait. Leaves `gave_up` too.
     RestartEngine(restart_engine::RestartArgs),
     /// Add, list and remove API keys.
@@ -168,6 +171,7 @@ pub fn run(cli: Cli) -> Exit {
         Command::Fetch(args) => fetch::run(args),
         Command::Probe(args) => probe::run(args),
         Command::Status(args) => status::run(args),
+        Command::Bundle(args) => bundle::run(args),
         Command::RestartEngine(args) => restart_engine::run(args),
         Command::Keys(args) => keys::run(args),
         Command::Proxy(args) => proxy::run(args),

@@ -1,5 +1,7 @@
 //! `sglangd plan`: what `serve` would do, without doing it.
 
+mod gpus;
+
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt::Write;
@@ -22,6 +24,7 @@ use crate::engine::resolve::{Resolved, resolve};
 use crate::link::ProxyProtocol;
 use crate::supervisor::acquire;
 use crate::weights::{self, PlannedRepo, Settings, Space};
+use gpus::GpuView;
 
 /// How long the installed engine's parser may take: imports of torch from a cold disk.
 pub(super) const INSPECT_LIMIT: Duration = Duration::from_mins(2);
@@ -54,6 +57,7 @@ struct Plan {
     spoken: &'static str,
     limits: BTreeMap<&'static str, String>,
     folders: BTreeMap<&'static str, PathBuf>,
+    gpus: GpuView,
     /// Who said each value, and who lost.
     values: Vec<Origin>,
     warnings: Vec<String>,
@@ -279,6 +283,7 @@ fn plan(
     warnings.extend(resolved.warnings.iter().cloned());
     warnings.extend(env::warnings(config));
     warnings.extend(config.exposure());
+    let gpus = GpuView::look(config, resolved, own, &mut warnings);
     let plan = Plan {
         version: env!("CARGO_PKG_VERSION"),
         config_files: loaded.files.clone(),
@@ -296,6 +301,7 @@ fn plan(
             ("max_body", config.limits.max_body.to_string()),
         ]),
         folders: BTreeMap::from([("runtime", folders.runtime.clone()), ("state", folders.state.clone())]),
+        gpus,
         values: loaded.origins.clone(),
         warnings: warnings.iter().map(|warning| redact::text(warning)).collect(),
         notices: loaded.notices.clone(),
@@ -380,6 +386,7 @@ fn write_text(plan: &Plan, out: &mut String) -> std::fmt::Result {
     for (name, folder) in &plan.folders {
         writeln!(out, "  {:<15}{}", format!("{name} folder"), folder.display())?;
     }
+    plan.gpus.write_text(out)?;
     writeln!(out, "  flags          checked against {}", plan.engine.checked_against)?;
 
     writeln!(out, "\nThe engine's command (PORT is private and chosen at the start):")?;

@@ -93,7 +93,11 @@ fn bind(place: &Place, mode: u32) -> anyhow::Result<Bound> {
 pub fn run(args: ProxyArgs) -> Exit {
     // `serve` says in the environment how it logs; alone, people read it.
     let said = |name: &str| std::env::var(name).ok();
-    let format = if said("SGLANGD_OBSERVE_LOG").as_deref() == Some("json") { LogFormat::Json } else { LogFormat::Text };
+    let format = match said("SGLANGD_OBSERVE_LOG").as_deref() {
+        Some("json") => LogFormat::Json,
+        Some("journald") => LogFormat::Journald,
+        _ => LogFormat::Text,
+    };
     let level = said("SGLANGD_OBSERVE_LEVEL").unwrap_or_else(|| "info".into());
     let _log = crate::observe::logging::init(format, &level);
     take_descriptors();

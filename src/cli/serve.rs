@@ -20,7 +20,7 @@ use crate::engine::resolve::resolve;
 use crate::launch::guard::Guarded;
 use crate::launch::spawner::{self, MainThread};
 use crate::link::status::Listening;
-use crate::observe::{admin, logging};
+use crate::observe::{admin, bundle, logging};
 use crate::shutdown::Signals;
 use crate::supervisor::driver::{Driver, Outlook, Outside, Reload, exit_of};
 use crate::sys::spawn::{ParentDeath, Spec, Stream};
@@ -83,6 +83,23 @@ pub fn run(mut args: ServeArgs) -> Exit {
         tracing::warn!("{warning}");
     }
     greet(&loaded, &bound);
+    if let Some(panic) = bundle::last_panic(&folders.state) {
+        tracing::warn!("sglangd itself broke down in an earlier run; its last words are in {}", panic.display());
+    }
+    bundle::keep_panics(&folders.state);
+    if std::process::id() == 1 {
+        tracing::info!(
+            "as PID 1 of a container: its runtime must give more than {} s to stop (podman stop -t, \
+             terminationGracePeriodSeconds), or it cuts what shutdown.grace promises",
+            loaded.config.shutdown.grace.as_secs()
+        );
+    }
+    if !crate::sys::proc::is_there() {
+        tracing::warn!(
+            "there is no /proc: ranks have no names, a dead one is not noticed by itself, and of the engine's processes only \
+             its group and its cgroup are ended"
+        );
+    }
     let (own, main_thread) = spawner::pair();
     let supervisor = Supervisor { loaded, folders, sources, inspect_arguments, bound, spawner: own };
     supervise(supervisor, main_thread)

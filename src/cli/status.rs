@@ -10,7 +10,7 @@ use clap::Args;
 use super::FolderArgs;
 use super::exit::Exit;
 use crate::health::client::{self, Target};
-use crate::link::status::Status;
+use crate::link::status::{GpuStatus, Status};
 
 /// A supervisor answers in milliseconds; one that does not within this is stuck.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -131,6 +131,16 @@ fn target_of(url: &str) -> Result<Target, String> {
         .ok_or_else(|| "the name has no address".to_owned())
 }
 
+/// One line for each; those that the engine does not use are marked.
+fn gpus(gpus: &[GpuStatus]) -> Vec<String> {
+    let one = |gpu: &GpuStatus| {
+        let whose = if gpu.engine == Some(false) { ", not the engine's" } else { "" };
+        let (used, total) = (bytes(gpu.memory_used), bytes(gpu.memory_total));
+        format!("{} {}, {used} of {total} used{whose}", gpu.index, gpu.name)
+    };
+    gpus.iter().map(one).collect()
+}
+
 /// The view for people.
 fn render(status: &Status) -> String {
     let mut out = String::new();
@@ -171,6 +181,10 @@ fn render(status: &Status) -> String {
         row("hang?", &why);
     }
     row("last exit", status.engine.last_exit.as_deref().unwrap_or_default());
+    row("found", &status.bundle.as_ref().map(|path| path.display().to_string()).unwrap_or_default());
+    for line in gpus(&status.gpus) {
+        row("gpu", &line);
+    }
     let r = &status.requests;
     row(
         "requests",
@@ -267,6 +281,15 @@ mod tests {
 
     #[test]
     fn the_view_of_a_start_fits_on_a_screen() {
+        let gpu = |engine| GpuStatus {
+            index: 3,
+            uuid: "GPU-3".into(),
+            name: "NVIDIA B200".into(),
+            driver: "580.95.05".into(),
+            memory_total: 180_000_000_000,
+            memory_used: 150_000_000_000,
+            engine,
+        };
         let load = crate::link::EngineLoad { running: 16, waiting: 4, kv_percent: 93 };
         let status = Status {
             version: "0.1.0".into(),
@@ -309,6 +332,8 @@ mod tests {
             read_ahead: None,
             listen: Listening { public: "0.0.0.0:8000".into(), admin: "127.0.0.1:8001".into(), ..Listening::default() },
             warnings: vec!["one".into(), "two".into()],
+            gpus: [Some(true), Some(false)].map(gpu).into(),
+            bundle: Some("/var/lib/sglangd/bundles/2026-11-23T141143Z-crash".into()),
             uptime_seconds: 8000,
             config_files: Vec::new(),
         };

@@ -109,7 +109,10 @@ impl<'a> Builder<'a> {
             },
             shutdown: Shutdown { grace: self.at_least("shutdown.grace", MIN_GRACE) },
             observe: Observe {
-                format: self.choice("observe.log", &[("text", LogFormat::Text), ("json", LogFormat::Json)]),
+                format: self.choice(
+                    "observe.log",
+                    &[("text", LogFormat::Text), ("json", LogFormat::Json), ("journald", LogFormat::Journald)],
+                ),
                 level: self.value("observe.level", |text| {
                     tracing_subscriber::EnvFilter::try_new(text)
                         .map(|_| text.to_owned())

@@ -25,6 +25,12 @@ impl Builder<'_> {
         if config.health.probe_timeout < Duration::from_secs(21) {
             warn("health.probe_timeout is below 21s: the engine itself answers 503 only after 20s".to_owned());
         }
+        if config.shutdown.grace < Duration::from_secs(10) {
+            warn(format!(
+                "shutdown.grace is {} s: open streams are cut 8 s before its end, so they get next to no time",
+                config.shutdown.grace.as_secs()
+            ));
+        }
         if config.restart.backoff > config.restart.backoff_max {
             let mut mistake = Mistake::new(
                 "`restart.backoff` is longer than `restart.backoff_max`",

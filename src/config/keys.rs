@@ -96,7 +96,7 @@ pub const KEYS: &[Key] = &[
     scalar("restart.backoff_max", "60s", "a duration, like 60s"),
     scalar("restart.on_give_up", "serve", "`serve` or `exit`"),
     scalar("shutdown.grace", "25s", "a duration, like 25s"),
-    scalar("observe.log", "text", "`text` or `json`"),
+    scalar("observe.log", "text", "`text`, `json` or `journald`"),
     scalar("observe.level", "info", "a filter: info, debug, or sglangd=debug,warn"),
 ];
 

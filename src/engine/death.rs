@@ -47,6 +47,10 @@ pub struct Evidence<'a, L> {
     pub signatures: &'a [Signature],
     /// Whether the kernel's OOM killer struck in the engine's cgroup; none: nobody could look.
     pub oom_kill: Option<bool>,
+    /// A failure of a GPU that the driver reported, in its words.
+    pub hardware: Option<&'a str>,
+    /// An error of a GPU that a program may cause.
+    pub gpu_fault: Option<&'a str>,
 }
 
 /// The classes of contract §f.
@@ -279,12 +283,18 @@ fn class_of<L: AsRef<[u8]>>(evidence: &Evidence<'_, L>) -> Class {
     if evidence.oom_kill == Some(true) {
         return Class::HostOom;
     }
+    if evidence.hardware.is_some() {
+        return Class::Hardware;
+    }
     if evidence.how == How::Hung {
         return Class::Hang;
     }
     let told: Vec<Class> = evidence.signatures.iter().filter_map(|s| class_of_signature(*s)).collect();
     if let Some(class) = WEIGHT.into_iter().find(|class| told.contains(class)) {
         return class;
+    }
+    if evidence.gpu_fault.is_some() {
+        return Class::CudaError;
     }
     let seen = |wanted: Signature| evidence.signatures.contains(&wanted);
     let killed_at_init =
@@ -356,6 +366,14 @@ fn class_of_signature(signature: Signature) -> Option<Class> {
 
 /// The engine's own words for it: the line that bears the class, or what a traceback raised.
 fn quote<L: AsRef<[u8]>>(evidence: &Evidence<'_, L>, class: Class) -> Option<String> {
+    let driver = match class {
+        Class::Hardware => evidence.hardware,
+        Class::CudaError => evidence.gpu_fault,
+        _ => None,
+    };
+    if let Some(said) = driver {
+        return Some(said.to_owned());
+    }
     let bearing = evidence.tail.iter().map(AsRef::as_ref).find(|line| {
         let fact = super::log::parse(line).fact;
         matches!(fact, Some(super::log::Fact::Fatal(signature)) if class_of_signature(signature) == Some(class)

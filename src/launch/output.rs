@@ -2,16 +2,18 @@
 //!
 //! Each line goes to the log with its rank, each fact to the supervisor, and the last lines are kept
 //! to say why it died. Nothing here blocks on a slow reader: the log writer is a bounded ring of its
-//! own, facts about single batches are dropped when the supervisor is behind.
+//! own, facts about single batches are dropped when the supervisor is behind. Each pipe has a thread of
+//! its own: a flood takes nothing from the runtime, and a runtime that stands still does not stop it.
 
 use std::collections::VecDeque;
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
-use tokio::net::unix::pipe;
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -25,10 +27,14 @@ const TAIL_LINES: usize = 400;
 const TAIL_LINE: usize = 1024;
 /// Signatures kept; a flood of one says no more than its first hundred.
 const MAX_SIGNATURES: usize = 128;
-/// One read. Linux pipes hold 64 KiB.
-const READ: usize = 64 << 10;
+/// One read; and what a pipe is asked to hold, in place of Linux's 64 KiB: fewer turns in a flood.
+const READ: usize = 1 << 20;
+const PIPE: i32 = 1 << 20;
 /// Lines logged in one second; more are counted and dropped. A start logs some hundred a second.
 const LINES_A_SECOND: u32 = 2_000;
+/// Lines understood in one second; of those beyond, only the last are kept. Twenty times as many as a start
+/// of eight ranks says.
+const UNDERSTOOD_A_SECOND: u32 = 10_000;
 /// How long a fact that must not be lost may wait for a busy supervisor.
 const FACT_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -75,7 +81,18 @@ impl Heard {
 
     /// What the log said of failures, oldest first.
     pub fn signatures(&self) -> Vec<Signature> {
-        self.signatures.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let mut found = self.signatures.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        // In a flood the last lines were kept, but not understood.
+        let last = self.tail().into_iter().filter_map(|line| match parse(&line).fact {
+            Some(Fact::Fatal(signature)) => Some(signature),
+            _ => None,
+        });
+        for signature in last {
+            if !found.contains(&signature) {
+                found.push(signature);
+            }
+        }
+        found
     }
 
     /// What its figures say that nobody meant.
@@ -92,10 +109,11 @@ impl Heard {
 
     fn keep(&self, line: &[u8]) {
         let mut tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
-        if tail.len() == TAIL_LINES {
-            tail.pop_front();
-        }
-        tail.push_back(line[..line.len().min(TAIL_LINE)].to_vec());
+        // A flood allocates nothing.
+        let mut kept = if tail.len() == TAIL_LINES { tail.pop_front().unwrap_or_default() } else { Vec::new() };
+        kept.clear();
+        kept.extend_from_slice(&line[..line.len().min(TAIL_LINE)]);
+        tail.push_back(kept);
     }
 }
 
@@ -104,42 +122,63 @@ pub fn drain(
     streams: Vec<OwnedFd>,
     secrets: Vec<String>,
     facts: &mpsc::Sender<Said>,
-) -> std::io::Result<(Arc<Heard>, Vec<JoinHandle<()>>)> {
+) -> (Arc<Heard>, Vec<JoinHandle<()>>) {
     let heard = Arc::new(Heard::new());
     let secrets = Arc::new(secrets);
     let mut readers = Vec::new();
     for stream in streams {
-        let pipe = pipe::Receiver::from_owned_fd(stream)?;
-        readers.push(tokio::spawn(read(pipe, Arc::clone(&heard), Arc::clone(&secrets), facts.clone())));
+        // Refused where a user has many such pipes: then it is as large as others.
+        let _ = nix::fcntl::fcntl(&stream, nix::fcntl::FcntlArg::F_SETPIPE_SZ(PIPE));
+        let (heard, secrets, facts) = (Arc::clone(&heard), Arc::clone(&secrets), facts.clone());
+        readers.push(tokio::task::spawn_blocking(move || read(File::from(stream), &heard, &secrets, &facts)));
     }
-    Ok((heard, readers))
+    (heard, readers)
 }
 
-async fn read(mut pipe: pipe::Receiver, heard: Arc<Heard>, secrets: Arc<Vec<String>>, facts: mpsc::Sender<Said>) {
+fn read(mut pipe: File, heard: &Heard, secrets: &[String], facts: &mpsc::Sender<Said>) {
     let mut buffer = vec![0; READ];
     let mut splitter = Splitter::new();
     let mut rate = Rate::new();
     let mut urgent = Vec::new();
     loop {
-        let n = match pipe.read(&mut buffer).await {
+        let n = match pipe.read(&mut buffer) {
             Ok(0) => break,
             Ok(n) => n,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
             Err(_) => break,
         };
-        splitter.push(&buffer[..n], |line| {
-            one(line.bytes, line.dropped, &heard, &secrets, &facts, &mut rate, &mut urgent);
+        let mut bytes = &buffer[..n];
+        if rate.is_flooded() {
+            let (skipped, last) = last_lines(bytes);
+            rate.skip(skipped);
+            if skipped > 0 {
+                // What was begun before ends here; its end is among what is skipped.
+                splitter.push(b"\n", |line| heard.keep(line.bytes));
+            }
+            bytes = last;
+        }
+        splitter.push(bytes, |line| {
+            one(line.bytes, line.dropped, heard, secrets, facts, &mut rate, &mut urgent);
         });
-        tell(&facts, &mut urgent).await;
+        tell(facts, &mut urgent);
     }
-    splitter.finish(|line| one(line.bytes, line.dropped, &heard, &secrets, &facts, &mut rate, &mut urgent));
-    tell(&facts, &mut urgent).await;
+    splitter.finish(|line| one(line.bytes, line.dropped, heard, secrets, facts, &mut rate, &mut urgent));
+    tell(facts, &mut urgent);
+}
+
+/// Of a piece of a flood, what is worth splitting, and how many lines come before that.
+fn last_lines(bytes: &[u8]) -> (u64, &[u8]) {
+    let from = memchr::memrchr_iter(b'\n', bytes).nth(TAIL_LINES);
+    match from {
+        Some(at) => (memchr::memchr_iter(b'\n', &bytes[..=at]).count() as u64, &bytes[at + 1..]),
+        None => (0, bytes),
+    }
 }
 
 /// Facts that must arrive, within reason: a supervisor that is stuck must not stop the draining.
-async fn tell(facts: &mpsc::Sender<Said>, urgent: &mut Vec<Said>) {
+fn tell(facts: &mpsc::Sender<Said>, urgent: &mut Vec<Said>) {
     for said in urgent.drain(..) {
-        let _ = facts.send_timeout(said, FACT_PATIENCE).await;
+        let _ = Handle::current().block_on(facts.send_timeout(said, FACT_PATIENCE));
     }
 }
 
@@ -152,6 +191,15 @@ fn one(
     rate: &mut Rate,
     urgent: &mut Vec<Said>,
 ) {
+    let passes = rate.passes();
+    if passes == Passes::Unheard {
+        if secrets.iter().any(|secret| memchr::memmem::find(bytes, secret.as_bytes()).is_some()) {
+            heard.keep(redacted(bytes, secrets).as_bytes());
+        } else {
+            heard.keep(bytes);
+        }
+        return;
+    }
     let line = parse(bytes);
     let text = redacted(&line.message, secrets);
     let rank = line.rank;
@@ -174,7 +222,7 @@ fn one(
             let _ = facts.try_send(said);
         }
     }
-    if !rate.passes() {
+    if passes == Passes::Unlogged {
         return;
     }
     if dropped > 0 {
@@ -221,19 +269,40 @@ impl Rate {
         Self { since: Instant::now(), passed: 0, dropped: 0 }
     }
 
-    fn passes(&mut self) -> bool {
+    fn is_flooded(&self) -> bool {
+        self.passed >= UNDERSTOOD_A_SECOND && self.since.elapsed() < Duration::from_secs(1)
+    }
+
+    fn skip(&mut self, lines: u64) {
+        self.dropped += lines;
+    }
+
+    fn passes(&mut self) -> Passes {
         if self.since.elapsed() >= Duration::from_secs(1) {
             if self.dropped > 0 {
                 tracing::warn!(target: "engine", "{} lines of the engine were not logged: more than {LINES_A_SECOND} a second", self.dropped);
             }
             *self = Self::new();
         }
-        self.passed += 1;
-        if self.passed > LINES_A_SECOND {
-            self.dropped += 1;
+        self.passed = self.passed.saturating_add(1);
+        match self.passed {
+            ..=LINES_A_SECOND => Passes::Logged,
+            more => {
+                self.dropped += 1;
+                if more <= UNDERSTOOD_A_SECOND { Passes::Unlogged } else { Passes::Unheard }
+            }
         }
-        self.passed <= LINES_A_SECOND
     }
+}
+
+/// What becomes of one line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Passes {
+    Logged,
+    /// Understood, and not logged.
+    Unlogged,
+    /// Kept as one of the last lines, and no more.
+    Unheard,
 }
 
 #[cfg(test)]
@@ -245,7 +314,7 @@ mod tests {
     async fn facts_arrive_and_keys_do_not() {
         let (reader, writer) = std::io::pipe().expect("a pipe");
         let (tx, mut rx) = mpsc::channel(8);
-        let (heard, readers) = drain(vec![reader.into()], vec!["k3y".into()], &tx).expect("drained");
+        let (heard, readers) = drain(vec![reader.into()], vec!["k3y".into()], &tx);
         let mut writer = writer;
         writer.write_all(b"[2026-11-23 14:49:03 TP0] key is k3y\n[2026-11-23 14:49:04] The server is fired up and ready to roll!\n").expect("written");
         drop(writer);
@@ -262,9 +331,81 @@ mod tests {
         let (reader, writer) = std::io::pipe().expect("a pipe");
         drop(writer);
         let (tx, _rx) = mpsc::channel(8);
-        let (_, readers) = drain(vec![reader.into()], Vec::new(), &tx).expect("drained");
+        let (_, readers) = drain(vec![reader.into()], Vec::new(), &tx);
         for reader in readers {
             tokio::time::timeout(Duration::from_secs(5), reader).await.expect("no busy loop").expect("no panic");
         }
+    }
+
+    /// Writes as fast as the pipe takes it, from a thread, and returns how many bytes.
+    fn flood(mut pipe: std::io::PipeWriter, block: Vec<u8>, times: usize) -> std::thread::JoinHandle<usize> {
+        std::thread::spawn(move || {
+            for _ in 0..times {
+                pipe.write_all(&block).expect("a reader");
+            }
+            block.len() * times
+        })
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn g14_a_flood_on_both_pipes_is_drained_and_what_it_ends_with_is_understood() {
+        let block = b"[2026-11-23 14:11:43 TP0] a line of a flood that says nothing at all\n".repeat(4096);
+        let (out_reader, out) = std::io::pipe().expect("a pipe");
+        let (err_reader, mut err) = std::io::pipe().expect("a pipe");
+        let (tx, _rx) = mpsc::channel(1);
+        let begun = Instant::now();
+        let (heard, readers) = drain(vec![out_reader.into(), err_reader.into()], Vec::new(), &tx);
+        let mut last = err.try_clone().expect("a copy");
+        let writers = [
+            flood(out, block.clone(), 20),
+            std::thread::spawn(move || {
+                let mut bytes = 0;
+                for _ in 0..20 {
+                    err.write_all(&block).expect("a reader");
+                    bytes += block.len();
+                }
+                bytes
+            }),
+        ];
+        let bytes: usize = writers.into_iter().map(|writer| writer.join().expect("no panic")).sum();
+        last.write_all(b"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n").expect("a reader");
+        drop(last);
+        for reader in readers {
+            reader.await.expect("no panic");
+        }
+        let took = begun.elapsed();
+        #[allow(clippy::print_stdout)] // a figure for people
+        {
+            println!("figure: {} MiB drained at {:.0} MiB/s", bytes >> 20, (bytes >> 20) as f64 / took.as_secs_f64());
+        }
+        assert!(heard.signatures().contains(&Signature::GpuOom), "{:?}", heard.signatures());
+        assert!(heard.tail().len() <= TAIL_LINES);
+    }
+
+    #[test]
+    fn of_a_flood_the_last_lines_are_split_and_the_others_counted() {
+        let flood: Vec<u8> = (0..1000).flat_map(|n| format!("line {n}\n").into_bytes()).collect();
+        let (skipped, last) = last_lines(&flood);
+        assert_eq!(skipped, 600);
+        assert!(last.starts_with(b"line 600\n") && last.ends_with(b"line 999\n"));
+        assert_eq!(last_lines(b"one\ntwo"), (0, &b"one\ntwo"[..]));
+    }
+
+    #[tokio::test]
+    async fn g14_what_is_no_text_is_survived() {
+        let (reader, mut writer) = std::io::pipe().expect("a pipe");
+        let (tx, _rx) = mpsc::channel(1);
+        let (heard, readers) = drain(vec![reader.into()], Vec::new(), &tx);
+        writer.write_all(b"\x1b[31mred\x1b[0m\0\xff\xfe\rbar 1\rbar 2\r\n").expect("written");
+        writer.write_all(&vec![b'x'; 1 << 20]).expect("written");
+        drop(writer);
+        for reader in readers {
+            reader.await.expect("no panic");
+        }
+        let tail: Vec<String> = heard.tail().iter().map(|line| String::from_utf8_lossy(line).into_owned()).collect();
+        assert_eq!(tail.len(), 4, "{tail:?}");
+        assert!(tail[0].contains("red") && !tail[0].contains(['\0', '\u{1b}']), "{:?}", tail[0]);
+        assert_eq!(tail[1..3], ["bar 1", "bar 2"]);
+        assert!(tail[3].len() <= TAIL_LINE);
     }
 }

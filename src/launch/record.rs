@@ -70,6 +70,7 @@ impl Record {
             if !stuck.is_empty() {
                 return Err(names(&stuck));
             }
+            self.tree.tidy();
         }
         self.leftovers.sweep();
         Ok(ended)
@@ -86,7 +87,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let record = Record {
             boot_id: proc::boot_id(),
-            tree: Tree { launch_id: "ab".into(), leader: Some(Leader { pid: 7, start_time: 9 }) },
+            tree: Tree { launch_id: "ab".into(), leader: Some(Leader { pid: 7, start_time: 9 }), cgroup: None },
             leftovers: Leftovers::note(folder.path().join("none")),
         };
         record.write(folder.path()).expect("written");

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
 use super::reaper::{self, Ended};
+use crate::sys::proc::{self, Stat};
 use crate::sys::spawn::{Spawned, Spec};
 
 /// Processes are started one by one by few tasks: some slack, no more.
@@ -53,6 +54,19 @@ impl Spawner {
         let gone = || io::Error::other("the thread that starts processes is gone or overrun");
         self.orders.try_send((spec, reply)).map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
+    }
+
+    /// Orphans that came to us and live: children that nobody here started. As PID 1 we inherit everybody's,
+    /// also what an operator started beside us; then none is taken for the engine's.
+    pub fn adopted(&self) -> Vec<Stat> {
+        let own = i32::try_from(std::process::id()).unwrap_or(-1);
+        if own == 1 {
+            return Vec::new();
+        }
+        // Held over fork and registration: a child that is just being started is not an orphan.
+        let waiting = lock(&self.waiting);
+        let all = proc::all();
+        all.into_iter().filter(|p| p.ppid == own && !p.is_zombie() && !waiting.contains_key(&p.pid)).collect()
     }
 
     /// Collects children that have ended and tells their waiters. Call on SIGCHLD, until it returns

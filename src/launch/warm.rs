@@ -50,11 +50,12 @@ pub async fn start(
         keep: Vec::new(),
         cwd: None,
         on_parent_death: ParentDeath::Kill,
+        cgroup: None,
     };
     match spawner.spawn(order).await {
         Ok((child, end)) => {
             let leader = proc::stat(child.pid).map(|stat| Leader { pid: child.pid, start_time: stat.start_time });
-            let tree = Tree { launch_id, leader };
+            let tree = Tree { launch_id, leader, cgroup: None };
             beside.add("the import ahead of the engine's", child.pidfd, end, Some((tree, leftovers))).await;
             Ok(())
         }

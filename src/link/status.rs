@@ -30,6 +30,12 @@ pub struct Status {
     pub proxy: ProxyStatus,
     /// Progress of the weights, while they are fetched.
     pub weights: Option<WeightsStatus>,
+    /// The machine's GPUs; empty where nothing tells of them.
+    #[serde(default)]
+    pub gpus: Vec<GpuStatus>,
+    /// What was found at the last death or hang, as a folder; see `sglangd bundle`.
+    #[serde(default)]
+    pub bundle: Option<PathBuf>,
     /// How much of the weights was read into memory ahead of the engine, while that is done.
     #[serde(default)]
     pub read_ahead: Option<ReadAhead>,
@@ -72,6 +78,9 @@ pub struct EngineStatus {
     pub ranks: Vec<RankStatus>,
     /// A hang is suspected since this many seconds.
     pub suspected_seconds: Option<u64>,
+    /// The engine's own cgroup, where it has one.
+    #[serde(default)]
+    pub cgroup: Option<PathBuf>,
     /// Why; empty when none is suspected.
     #[serde(default)]
     pub suspicion: String,
@@ -88,6 +97,21 @@ pub struct RemarkStatus {
     /// `speculation_idle`, `kv_cache_small`, `prefix_cache_idle` or `kernels_cold`.
     pub kind: String,
     pub text: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuStatus {
+    /// As `nvidia-smi` counts.
+    pub index: u32,
+    pub uuid: String,
+    pub name: String,
+    /// The driver's version.
+    pub driver: String,
+    /// Bytes.
+    pub memory_total: u64,
+    pub memory_used: u64,
+    /// Whether the engine uses it (`CUDA_VISIBLE_DEVICES`, `tp`); none: not known before its flags are.
+    pub engine: Option<bool>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

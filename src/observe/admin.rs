@@ -15,7 +15,7 @@ use prometheus::{Gauge, IntCounter, Opts, Registry, TextEncoder};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
-use super::operator;
+use super::{logging, operator};
 use crate::health::client::{self, Target};
 use crate::link::status::Status;
 use crate::link::{EngineState, EngineView, ProxySettings};
@@ -25,6 +25,7 @@ use crate::supervisor::half::Half;
 /// The engine gathers its page from files of all ranks; a hung one does not answer at all.
 const ENGINE_LIMIT: Duration = Duration::from_secs(3);
 const RESTART: &str = "/restart-engine";
+const BUNDLE: &str = "/bundle";
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What the routes read.
@@ -52,14 +53,26 @@ pub fn with_orders(routes: Router, orders: Orderly) -> Router {
             None => (StatusCode::SERVICE_UNAVAILABLE, "sglangd is at its end\n".into()),
         }
     };
-    routes.merge(Router::new().route(RESTART, post(restart)).with_state(orders))
+    let bundle = |State(orders): State<Orderly>| async move {
+        match orders.bundle().await {
+            Some(Ok(path)) => (StatusCode::OK, format!("{}\n", path.display())),
+            Some(Err(what)) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{what}\n")),
+            None => (StatusCode::SERVICE_UNAVAILABLE, "sglangd is at its end\n".into()),
+        }
+    };
+    let acting = Router::new().route(RESTART, post(restart)).route(BUNDLE, post(bundle));
+    routes.merge(acting.with_state(orders))
 }
 
 /// The same, for an address that others may reach.
 pub fn without_orders(routes: Router) -> Router {
-    let refused =
-        || async { (StatusCode::FORBIDDEN, "only on the Unix socket in the runtime folder: sglangd restart-engine\n") };
-    routes.merge(Router::new().route(RESTART, post(refused)))
+    let refused = || async {
+        (
+            StatusCode::FORBIDDEN,
+            "only on the Unix socket in the runtime folder: sglangd restart-engine, sglangd bundle\n",
+        )
+    };
+    routes.merge(Router::new().route(RESTART, post(refused)).route(BUNDLE, post(refused)))
 }
 
 /// Serves until the process ends.
@@ -181,6 +194,17 @@ fn own(status: &Status) -> String {
         let help = "Bytes of the weights that are being read into memory ahead of the engine.";
         gauge("sglangd_weights_read_ahead_total_bytes", help, &[], ahead.total as f64);
     }
+    for gpu in &status.gpus {
+        let (index, uuid) = (gpu.index.to_string(), gpu.uuid.as_str());
+        let labels = [("gpu", index.as_str()), ("uuid", uuid)];
+        gauge(
+            "sglangd_gpu_memory_used_bytes",
+            "Memory in use on a GPU, whoever holds it.",
+            &labels,
+            gpu.memory_used as f64,
+        );
+        gauge("sglangd_gpu_memory_total_bytes", "Memory of a GPU.", &labels, gpu.memory_total as f64);
+    }
     let counter = |name: &str, help: &str, value: u64| {
         let counter = IntCounter::new(name, help).expect("names below are valid");
         counter.inc_by(value);
@@ -190,6 +214,11 @@ fn own(status: &Status) -> String {
         "sglangd_engine_restarts_total",
         "Engines started again since sglangd's start.",
         u64::from(status.engine.restarts),
+    );
+    counter(
+        "sglangd_log_lines_dropped_total",
+        "Lines of the log that nobody took in time.",
+        logging::dropped_lines() as u64,
     );
     counter(
         "sglangd_engine_hangs_suspected_total",

@@ -1,16 +1,18 @@
-//! Where log lines go: text for people, or one JSON object a line; always standard error, so that
-//! standard output stays for answers.
+//! Where log lines go: text for people or one JSON object a line, to standard error, so that standard
+//! output stays for answers; or entries of the journal.
 //!
 //! Whoever logs never waits for whoever reads: lines pass through a bounded ring, and a reader that
 //! stands still (a paused terminal, a stuck journal) costs lines, which are counted, and nothing else.
 
 use std::io::IsTerminal;
+use std::sync::OnceLock;
 
-use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::debug_fn;
 use tracing_subscriber::fmt::time::FormatTime;
 
+use super::journal::{Entry, Journal};
 use crate::config::LogFormat;
 
 /// Lines that may wait to be written: some MiB at worst, minutes of normal logging.
@@ -19,6 +21,14 @@ const RING: usize = 16_384;
 /// h2 warns of what clients do wrong, a line a frame: nobody may fill a log from outside. What is said
 /// behind it wins, so that `h2=debug` can still be asked for.
 const QUIET: &str = "h2=off";
+
+/// Lines that the ring had no room for.
+static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
+
+/// Lines lost so far because nobody took them.
+pub fn dropped_lines() -> usize {
+    DROPPED.get().map_or(0, ErrorCounter::dropped_lines)
+}
 
 /// RFC 3339 without a date library in the way of `tracing`.
 #[derive(Debug)]
@@ -38,11 +48,17 @@ fn filter(level: &str) -> EnvFilter {
 /// call changes nothing. What is still in the ring is written when the guard is dropped.
 #[must_use = "lines still in the ring are lost when the guard is dropped early"]
 pub fn init(format: LogFormat, level: &str) -> WorkerGuard {
-    let (writer, guard) = NonBlockingBuilder::default()
-        .lossy(true)
-        .buffered_lines_limit(RING)
-        .thread_name("log")
-        .finish(std::io::stderr());
+    // Without a journal, people may still read the lines.
+    let journal = (format == LogFormat::Journald).then(Journal::open);
+    let ring = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(RING).thread_name("log");
+    let (missing, (writer, guard)) = match journal {
+        Some(Ok(journal)) => (None, ring.finish(journal)),
+        Some(Err(error)) => (Some(error), ring.finish(std::io::stderr())),
+        None => (None, ring.finish(std::io::stderr())),
+    };
+    let format = if missing.is_some() { LogFormat::Text } else { format };
+    // A second call of a process keeps the first one's.
+    let _ = DROPPED.set(writer.error_counter());
     let filter = filter(level);
     let base = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_timer(Clock);
     // An error here means that a logger is already there, which is all that was wanted.
@@ -58,7 +74,11 @@ pub fn init(format: LogFormat, level: &str) -> WorkerGuard {
             }))
             .try_init(),
         LogFormat::Json => base.json().flatten_event(true).try_init(),
+        LogFormat::Journald => base.event_format(Entry).try_init(),
     };
+    if let Some(error) = missing {
+        tracing::warn!("observe.log is `journald`, but there is no journal ({error}): logging text");
+    }
     guard
 }
 

@@ -56,6 +56,11 @@ pub fn run(words: &[String]) -> Ended {
     }
 }
 
+/// This program's file; where there is no `/proc` to tell, whoever starts us says it.
+fn own_program() -> std::io::Result<std::path::PathBuf> {
+    std::env::current_exe().or_else(|error| std::env::var_os("SGLANG_SIM_PROGRAM").map(Into::into).ok_or(error))
+}
+
 const DIE: &str = "::die";
 
 /// Ends this process by `signal`, as a parent sees it.
@@ -65,7 +70,7 @@ pub fn die_by(signal: Signal) -> Ended {
     if signal == Signal::SIGKILL {
         let _ = kill(Pid::this(), signal);
     }
-    if let Ok(own) = std::env::current_exe() {
+    if let Ok(own) = own_program() {
         let error = Command::new(own).args(["simulate", DIE, &(signal as i32).to_string()]).exec();
         logline::raw(&format!("simulated engine: cannot exec itself: {error}\n"));
     }

@@ -56,6 +56,30 @@ pub struct Found {
     pub signatures: Vec<Signature>,
     /// The supervisor's own judgement, where it ended a living engine.
     pub verdict: Option<Judged>,
+    pub node: NodeFound,
+}
+
+/// What the machine said of the time in which it lived.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NodeFound {
+    /// Whether the kernel killed one of its processes for memory; none: nobody could look.
+    pub oom_kill: Option<bool>,
+    /// A GPU's failure, in the driver's words.
+    pub hardware: Option<String>,
+    /// An error of a GPU that a program may cause.
+    pub gpu_fault: Option<String>,
+}
+
+impl NodeFound {
+    /// Whether this class is what the machine, and not the engine, said.
+    fn tells(&self, class: death::Class) -> bool {
+        match class {
+            death::Class::HostOom => self.oom_kill == Some(true),
+            death::Class::Hardware => self.hardware.is_some(),
+            death::Class::CudaError => self.gpu_fault.is_some(),
+            _ => false,
+        }
+    }
 }
 
 /// One class, one sentence, one piece of advice. `before`: the class of the start before this one, if
@@ -67,8 +91,15 @@ pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {
         (None, Some(Judged::RankDied(_))) => How::RankDied,
         (None, _) => How::Hung,
     };
-    let evidence =
-        Evidence { how, reached: found.reached, tail: &found.tail, signatures: &found.signatures, oom_kill: None };
+    let evidence = Evidence {
+        how,
+        reached: found.reached,
+        tail: &found.tail,
+        signatures: &found.signatures,
+        oom_kill: found.node.oom_kill,
+        hardware: found.node.hardware.as_deref(),
+        gpu_fault: found.node.gpu_fault.as_deref(),
+    };
     let cause = death::classify(&evidence);
     let exit = match cause.exit {
         ExitRow::Weights => Exit::Weights,
@@ -81,14 +112,15 @@ pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {
         death::Retry::Once if before == Some(class) => Retry::Never,
         death::Retry::Once | death::Retry::Backoff => Retry::Backoff,
     };
-    Cause {
-        failure: Failure { class, retry, exit: exit.code() },
-        sentence: match &found.verdict {
-            Some(Judged::Hung(sentence)) => sentence.clone(),
-            // The engine's own words say more, where it had any.
-            Some(Judged::RankDied(sentence)) if found.signatures.is_empty() => sentence.clone(),
-            Some(Judged::RankDied(_)) | None => cause.sentence,
-        },
-        advice: cause.advice.to_owned(),
-    }
+    let sentence = match &found.verdict {
+        // What was seen from outside, and why, where the machine knows more than that.
+        Some(Judged::Hung(sentence) | Judged::RankDied(sentence)) if found.node.tells(cause.class) => {
+            format!("{sentence} {}", cause.sentence)
+        }
+        Some(Judged::Hung(sentence)) => sentence.clone(),
+        // The engine's own words say more, where it had any.
+        Some(Judged::RankDied(sentence)) if found.signatures.is_empty() => sentence.clone(),
+        Some(Judged::RankDied(_)) | None => cause.sentence,
+    };
+    Cause { failure: Failure { class, retry, exit: exit.code() }, sentence, advice: cause.advice.to_owned() }
 }

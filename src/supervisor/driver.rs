@@ -4,17 +4,21 @@
 //! link) sends it messages, and reads what it publishes.
 
 mod act;
+mod bundle;
 mod duty;
+mod node;
 mod tell;
 mod vigil;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::acquire::{Acquired, Means};
 use super::ahead::Reading;
@@ -24,6 +28,7 @@ use super::half::{Half, HalfView, Orders};
 use super::loading::Loading;
 use super::look::Look;
 use super::prepare::Prepared;
+use super::releasing::{Room, Uses};
 use super::report::{Facts, Systemd, headline};
 use super::running::{Notice, Running, Stuck};
 use super::step::{Action, Event, Machine, Millis, Policy, State, Terms};
@@ -41,6 +46,7 @@ use crate::launch::output::Said;
 use crate::launch::spawner::Spawner;
 use crate::link::status::{Listening, RankStatus, ReadAhead, Status, WeightsStatus};
 use crate::link::{EngineView, ProxySettings};
+use crate::node::gpus::{self, Gpus, Source};
 use crate::shutdown::{Signals, Wish};
 use crate::weights::Progress;
 use crate::weights::ahead::Ahead;
@@ -74,8 +80,13 @@ enum Report {
     Notice(Notice),
     TreeEmpty,
     Released { roll: u16 },
+    Held { roll: u16 },
+    Gpus(gpus::Look),
+    Bundled(Result<PathBuf, String>),
     Order(Order),
 }
+
+use node::NodeFacts;
 
 /// What the driver's loop woke up for.
 enum Turn {
@@ -119,6 +130,8 @@ pub struct Outside {
 pub enum Order {
     /// A fresh engine.
     Restart(oneshot::Sender<String>),
+    /// Write down what can be known now; the answer is where it lies, or why it does not.
+    Bundle(oneshot::Sender<Result<PathBuf, String>>),
 }
 
 /// Takes operators' orders.
@@ -130,6 +143,13 @@ impl Orderly {
     pub async fn restart(&self) -> Option<String> {
         let (reply, answer) = oneshot::channel();
         self.0.send(Report::Order(Order::Restart(reply))).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// None: the driver is at its end.
+    pub async fn bundle(&self) -> Option<Result<PathBuf, String>> {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(Report::Order(Order::Bundle(reply))).await.ok()?;
         answer.await.ok()
     }
 }
@@ -197,6 +217,14 @@ pub struct Driver {
     last_exit: Option<String>,
     ranks: Vec<RankStatus>,
     warnings: Vec<String>,
+    room: Room,
+    /// Of the engine that was launched last, until its GPUs are free.
+    uses: Option<Uses>,
+    node: NodeFacts,
+    /// Where the last bundle lies.
+    bundle: Option<PathBuf>,
+    /// Cancelled when nobody is to wait for the GPUs any longer.
+    hurry: CancellationToken,
     vigil: vigil::Vigil,
     /// How often a hang was suspected.
     suspicions: u64,
@@ -242,6 +270,9 @@ impl Driver {
             listen: &listen,
             warnings: &warnings,
             uptime: Duration::ZERO,
+            gpus: &[],
+            in_the_way: "",
+            bundle: None,
             suspicion: None,
             suspicions: 0,
             remarks: &[],
@@ -249,6 +280,7 @@ impl Driver {
         let (status, status_reader) = watch::channel(facts.status());
         let (engine_view, engine_reader) = watch::channel(facts.view());
         let (settings, settings_reader) = watch::channel(ProxySettings::from(&config));
+        let room = Room::new(Gpus::of(Source::from_env(|name| own_env.get(OsStr::new(name)).cloned())));
         let half = Half::keep(
             spawner.clone(),
             listeners,
@@ -306,6 +338,11 @@ impl Driver {
             last_exit: None,
             ranks: Vec::new(),
             warnings,
+            room,
+            uses: None,
+            node: NodeFacts::default(),
+            bundle: None,
+            hurry: CancellationToken::new(),
             vigil: vigil::Vigil::default(),
             suspicions: 0,
             expected: Expected::default(),
@@ -325,6 +362,7 @@ impl Driver {
 
     /// Runs until the machine is stopped; the exit code is its last word.
     pub async fn run(mut self) -> u8 {
+        self.look_at_gpus();
         self.act(Action::Fetch).await;
         self.publish();
         let mut beat = tokio::time::interval(BEAT);
@@ -410,6 +448,7 @@ impl Driver {
                     self.systemd.stopping();
                 }
                 self.on(Event::Stop).await;
+                self.hurry.cancel();
             }
             Wish::Reload => self.reloaded(),
             Wish::Reap => {

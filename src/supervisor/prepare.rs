@@ -97,7 +97,7 @@ fn write(from: &Ingredients, launch_id: &str, leftovers: Leftovers) -> Result<Pr
         },
         spec,
         port,
-        tree: Tree { launch_id: launch_id.to_owned(), leader: None },
+        tree: Tree { launch_id: launch_id.to_owned(), leader: None, cgroup: None },
         leftovers,
         yaml,
         secrets: vec![api_key, admin_api_key],

@@ -1,6 +1,6 @@
 //! What is told to the world after each step: `GET /status`, the proxy's view of the engine, systemd.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -13,8 +13,8 @@ use super::step::{Machine, State};
 use crate::config::{Config, ModelSource};
 use crate::engine::remarks::Remark;
 use crate::link::status::{
-    EngineStatus, Listening, ModelStatus, ProxyStatus, RankStatus, ReadAhead, RemarkStatus, Requests, Status,
-    WeightsStatus,
+    EngineStatus, GpuStatus, Listening, ModelStatus, ProxyStatus, RankStatus, ReadAhead, RemarkStatus, Requests,
+    Status, WeightsStatus,
 };
 use crate::link::{EngineState, EngineView};
 use crate::weights::Snapshot;
@@ -59,6 +59,10 @@ pub struct Facts<'a> {
     pub listen: &'a Listening,
     pub warnings: &'a [String],
     pub uptime: Duration,
+    pub gpus: &'a [GpuStatus],
+    /// Who holds memory that the next engine needs, as a sentence.
+    pub in_the_way: &'a str,
+    pub bundle: Option<&'a Path>,
     pub suspicion: Option<&'a Suspicion>,
     pub suspicions: u64,
     pub remarks: &'a [Remark],
@@ -101,6 +105,9 @@ impl Facts<'_> {
                 )
             }
             _ if self.machine.stopping() => "sglangd is stopping.".into(),
+            State::Claiming { .. } | State::Occupied | State::Releasing { .. } if !self.in_the_way.is_empty() => {
+                self.in_the_way.to_owned()
+            }
             State::Occupied => "The GPUs are not free. No engine is started until they are.".into(),
             State::Draining { .. } | State::Stopping { .. } => "The engine is being restarted, as told.".into(),
             _ => self.cause.map(|cause| cause.sentence.clone()).unwrap_or_default(),
@@ -112,6 +119,10 @@ impl Facts<'_> {
             State::Ready | State::Busy => String::new(),
             State::Unkillable { .. } => {
                 "They hang in the kernel, mostly in a driver: the node needs a look, then a reboot.".into()
+            }
+            State::Claiming { .. } | State::Occupied if !self.in_the_way.is_empty() => {
+                "End what holds the memory, or lower `mem-fraction-static`; the engine starts by itself once there is room."
+                    .into()
             }
             _ => self.cause.map(|cause| cause.advice.clone()).unwrap_or_default(),
         }
@@ -151,6 +162,7 @@ impl Facts<'_> {
                 command: self.config.engine.command.clone(),
                 port: self.engine.map(|e| e.upstream.addr.port()),
                 ranks: self.ranks.to_vec(),
+                cgroup: self.engine.and_then(|e| e.tree.cgroup.clone()),
                 suspected_seconds: self.suspicion.map(|s| s.silence.as_secs()),
                 suspicion: self.suspicion.map(|s| s.why.clone()).unwrap_or_default(),
                 suspected_total: self.suspicions,
@@ -168,6 +180,8 @@ impl Facts<'_> {
             },
             proxy: ProxyStatus { pid: self.half.pid, restarts: self.half.restarts },
             weights: self.weights.cloned(),
+            gpus: self.gpus.to_vec(),
+            bundle: self.bundle.map(Path::to_owned),
             read_ahead: self.read_ahead,
             // TLS can be switched by a reload, an address cannot.
             listen: Listening { tls: self.config.listen.tls.is_some(), ..self.listen.clone() },

@@ -26,6 +26,7 @@ use crate::launch::tree::{Leader, Tree, names};
 use crate::link::Upstream;
 use crate::link::status::RankStatus;
 use crate::observe::clock;
+use crate::sys::cgroup::Cgroup;
 use crate::sys::proc::{self, Stat};
 use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
 
@@ -36,6 +37,8 @@ const LAST_WORDS: Duration = Duration::from_millis(300);
 const SETTLE: Duration = Duration::from_millis(100);
 /// Between two rounds of SIGKILL.
 const KILL_ROUND: Duration = Duration::from_millis(200);
+/// While something still lives.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 #[derive(Debug)]
 pub struct Running {
@@ -79,6 +82,7 @@ pub async fn launch(
     notices: mpsc::Sender<Notice>,
 ) -> std::io::Result<(Running, Record)> {
     let Prepared { spec, upstream, port, mut tree, leftovers, secrets, .. } = prepared;
+    let group = own_group(&tree.launch_id);
     let order = Spec {
         argv: spec.argv.clone(),
         arg0: None,
@@ -90,16 +94,24 @@ pub async fn launch(
         keep: Vec::new(),
         cwd: None,
         on_parent_death: ParentDeath::Kill,
+        cgroup: group.as_ref().and_then(|group| group.door().ok()),
     };
     let started = spawner.spawn(order).await;
     let (mut child, end) = match started {
         Ok(started) => started,
         Err(error) => {
             leftovers.sweep();
+            if let Some(group) = group {
+                group.remove();
+            }
             return Err(error);
         }
     };
-    tree.leader = proc::stat(child.pid).map(|stat| Leader { pid: child.pid, start_time: stat.start_time });
+    // Without `/proc` there is no time of start, and no way to tell a reused pid either.
+    let start_time = proc::stat(child.pid).map_or(0, |stat| stat.start_time);
+    tree.leader = Some(Leader { pid: child.pid, start_time });
+    // An engine that is dead by now was in it, too.
+    tree.cgroup = group.filter(|group| is_inside(group, child.pid)).map(|group| group.path().to_owned());
     let record = Record { boot_id: proc::boot_id(), tree: tree.clone(), leftovers: leftovers.clone() };
     if let Err(error) = record.write(runtime) {
         tracing::warn!(
@@ -108,7 +120,7 @@ pub async fn launch(
         );
     }
     let streams = [child.stdout.take().map(OwnedFd::from), child.stderr.take().map(OwnedFd::from)];
-    let (heard, readers) = output::drain(streams.into_iter().flatten().collect(), secrets, &facts)?;
+    let (heard, readers) = output::drain(streams.into_iter().flatten().collect(), secrets, &facts);
     let watch = tokio::spawn(watch_readiness(upstream.clone(), tree.clone(), notices.clone())).abort_handle();
     let also = notices.clone();
     tokio::spawn(async move {
@@ -135,6 +147,29 @@ pub async fn launch(
         _port: port,
     };
     Ok((running, record))
+}
+
+/// A cgroup for this launch, where we may make one; else the engine's processes are found by other means.
+fn own_group(launch_id: &str) -> Option<Cgroup> {
+    static SAID: std::sync::Once = std::sync::Once::new();
+    Cgroup::create(&format!("sglangd-engine-{launch_id}"))
+        .inspect_err(|why| {
+            SAID.call_once(|| {
+                tracing::info!(
+                    "the engine gets no cgroup of its own ({why}): its processes are found by session, descent and mark"
+                );
+            });
+        })
+        .ok()
+}
+
+/// Whether the engine was born in its group; where the kernel refused, the group goes.
+fn is_inside(group: &Cgroup, pid: i32) -> bool {
+    let inside = group.holds(pid) || !proc::is_there() || proc::stat(pid).is_none_or(|stat| stat.is_zombie());
+    if !inside {
+        group.remove();
+    }
+    inside
 }
 
 async fn watch_readiness(upstream: Upstream, tree: Tree, notices: mpsc::Sender<Notice>) {
@@ -263,18 +298,32 @@ pub type Stuck = Arc<Mutex<String>>;
 
 impl End {
     /// Returns when nothing is left; names what stays meanwhile.
-    pub async fn run(self, current: Current, stuck: Stuck) {
+    pub async fn run(self, current: Current, stuck: Stuck, spawner: Spawner) {
         current.end().await;
         let Some((tree, leftovers)) = self.tree else { return };
         loop {
-            let left = tree.kill(KILL_ROUND).await;
+            let mut left = tree.kill(KILL_ROUND).await;
+            // What fled session, parent, environment and group came to us as an orphan.
+            let orphans = spawner.adopted();
+            for orphan in &orphans {
+                if let Some(handle) = proc::open(orphan.pid, orphan.start_time) {
+                    let _ = proc::signal(handle, Signal::KILL);
+                }
+            }
+            let nobody = left.is_empty() && orphans.is_empty();
+            left.extend(orphans);
             *stuck.lock().unwrap_or_else(PoisonError::into_inner) = names(&left);
-            if left.is_empty() {
+            if nobody {
                 break;
             }
+            tokio::time::sleep(LOOK_AGAIN).await;
         }
         // Files and a look at every process's maps: not on a worker of the runtime.
-        let swept = tokio::task::spawn_blocking(move || leftovers.sweep()).await.unwrap_or_default();
+        let sweep = move || {
+            tree.tidy();
+            leftovers.sweep()
+        };
+        let swept = tokio::task::spawn_blocking(sweep).await.unwrap_or_default();
         tracing::debug!("removed {} leftovers of the engine", swept.len());
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Each file with `unsafe` begins with its safety contract. Nothing here knows what an engine is.
 
+pub mod cgroup;
 pub mod end;
 pub mod fd;
 pub mod priority;

@@ -36,6 +36,11 @@ impl Stat {
     }
 }
 
+/// Whether processes can be seen at all: a container may come without `/proc`.
+pub fn is_there() -> bool {
+    fs::metadata("/proc/self/stat").is_ok()
+}
+
 /// The process of this pid; `None` where there is none (any more).
 pub fn stat(pid: i32) -> Option<Stat> {
     parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)

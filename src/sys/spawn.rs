@@ -3,7 +3,7 @@
 //! # Safety contract
 //! The only `unsafe` is [`std::os::unix::process::CommandExt::pre_exec`]. Its closure runs in the
 //! forked child of a process with many threads, so it calls nothing but async-signal-safe functions
-//! (`setsid`, `prctl`, `getppid`, `signal`, `sigprocmask`, `setrlimit`, `fcntl`), allocates nothing,
+//! (`write`, `setsid`, `prctl`, `getppid`, `signal`, `sigprocmask`, `setrlimit`, `fcntl`), allocates nothing,
 //! takes no lock, and reads only values that were copied into it before the fork.
 //!
 //! A parent-death signal belongs to the *thread* that forked (measured: a child forked by a thread
@@ -14,7 +14,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
@@ -40,6 +40,8 @@ pub struct Spec {
     pub cwd: Option<PathBuf>,
     /// What happens to the child when the forking thread's process ends.
     pub on_parent_death: ParentDeath,
+    /// `cgroup.procs` of the group that it is to be born in, open for writing.
+    pub cgroup: Option<OwnedFd>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,7 +85,7 @@ impl Spec {
     /// ended with us.
     pub fn ourselves(words: impl IntoIterator<Item = OsString>, env: BTreeMap<OsString, OsString>) -> Self {
         Self {
-            argv: std::iter::once("/proc/self/exe".into()).chain(words).collect(),
+            argv: std::iter::once(own_program()).chain(words).collect(),
             arg0: Some("sglangd".into()),
             env,
             session: Session::New,
@@ -93,6 +95,7 @@ impl Spec {
             keep: Vec::new(),
             cwd: None,
             on_parent_death: ParentDeath::Kill,
+            cgroup: None,
         }
     }
 
@@ -114,9 +117,10 @@ impl Spec {
         }
         let (keep, session, death) = (self.keep.clone(), self.session, self.on_parent_death);
         let parent = nix::unistd::getpid().as_raw();
+        let door = self.cgroup.as_ref().map(AsRawFd::as_raw_fd);
         // SAFETY: the closure keeps the contract at the top of this file.
         unsafe {
-            command.pre_exec(move || in_child(&keep, session, death, parent));
+            command.pre_exec(move || in_child(&keep, session, death, parent, door));
         }
         let mut child = command.spawn()?;
         let pid = i32::try_from(child.id()).expect("Linux pids fit in 22 bits");
@@ -124,6 +128,12 @@ impl Spec {
         let pidfd = pidfd_open(Pid::from_raw(pid).expect("a child's pid is positive"), PidfdFlags::NONBLOCK)?;
         Ok(Spawned { pid, pidfd, stdin: child.stdin.take(), stdout: child.stdout.take(), stderr: child.stderr.take() })
     }
+}
+
+/// This program's file, whatever its name is by now; where there is no `/proc`, as we were called.
+fn own_program() -> OsString {
+    const OWN: &str = "/proc/self/exe";
+    if std::path::Path::new(OWN).exists() { OWN.into() } else { std::env::args_os().next().unwrap_or(OWN.into()) }
 }
 
 fn stdio(stream: Stream) -> Stdio {
@@ -135,9 +145,13 @@ fn stdio(stream: Stream) -> Stdio {
 }
 
 /// Runs between fork and exec.
-fn in_child(keep: &[RawFd], session: Session, death: ParentDeath, parent: i32) -> io::Result<()> {
+fn in_child(keep: &[RawFd], session: Session, death: ParentDeath, parent: i32, door: Option<RawFd>) -> io::Result<()> {
     // SAFETY: plain system calls on integers; see the contract at the top of this file.
     unsafe {
+        if let Some(door) = door {
+            // "0" is whoever writes. Refused, it stays in our group, and is found by other means.
+            libc::write(door, b"0".as_ptr().cast(), 1);
+        }
         match session {
             Session::New => {
                 check(libc::setsid())?;
@@ -197,6 +211,7 @@ mod tests {
             keep: Vec::new(),
             cwd: None,
             on_parent_death: ParentDeath::Survive,
+            cgroup: None,
         }
     }
 

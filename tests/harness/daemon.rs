@@ -74,6 +74,8 @@ pub struct Setup {
     arguments: Vec<String>,
     engine_flags: Vec<String>,
     environment: BTreeMap<String, String>,
+    /// What `serve` is run by, in the end by `exec`.
+    wrapper: Vec<String>,
     public: SocketAddr,
     /// In place of the address.
     listen: Option<String>,
@@ -94,6 +96,7 @@ impl Setup {
             arguments: Vec::new(),
             engine_flags: Vec::new(),
             environment: BTreeMap::new(),
+            wrapper: Vec::new(),
             public: free_address(),
             listen: None,
             admin: free_address(),
@@ -182,6 +185,13 @@ impl Setup {
         self
     }
 
+    /// `serve` is handed to these words, which must run it by `exec`: its pid is watched.
+    #[must_use]
+    pub fn under(mut self, words: &[&str]) -> Self {
+        self.wrapper.extend(words.iter().map(|&word| word.to_owned()));
+        self
+    }
+
     /// The binary with this set-up's configuration, folders and environment, for any subcommand.
     pub fn command(&self, subcommand: &str) -> Command {
         let mut command = Command::new(SGLANGD);
@@ -240,8 +250,17 @@ impl Setup {
         command
     }
 
+    fn wrapped(&self, inner: Command) -> Command {
+        let Some((program, words)) = self.wrapper.split_first() else { return inner };
+        let mut command = Command::new(program);
+        command.args(words).arg(inner.get_program()).args(inner.get_args());
+        command.env_clear().envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.current_dir(self.folder()).stdin(Stdio::null());
+        command
+    }
+
     fn spawn(&self) -> Child {
-        let mut command = self.full_command("serve");
+        let mut command = self.wrapped(self.full_command("serve"));
         let log = File::options().create(true).append(true).open(self.log()).unwrap();
         command.stdout(log.try_clone().unwrap()).stderr(log);
         command.spawn().unwrap()

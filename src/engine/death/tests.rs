@@ -18,7 +18,12 @@ fn verdict_of(log: &[u8], how: How, reached: Reached, oom_kill: Option<bool>) ->
     splitter.push(log, &mut see);
     splitter.finish(&mut see);
     let tail = &tail[tail.len().saturating_sub(200)..];
-    classify(&Evidence { how, reached, tail, signatures: &signatures, oom_kill })
+    classify(&Evidence { oom_kill, ..seen(how, reached, tail, &signatures) })
+}
+
+/// What is known where the machine says nothing.
+fn seen<'a>(how: How, reached: Reached, tail: &'a [Vec<u8>], signatures: &'a [Signature]) -> Evidence<'a, Vec<u8>> {
+    Evidence { how, reached, tail, signatures, oom_kill: None, hardware: None, gpu_fault: None }
 }
 
 fn verdict(log: &str, how: How, reached: Reached) -> Cause {
@@ -123,6 +128,23 @@ fn g09_the_kernels_oom_killer_is_named() {
     let at_init = "RuntimeError: Rank 0 scheduler died during initialization (exit code: -9). If exit code is -9\n";
     assert_eq!(verdict(at_init, How::Exited(1), Reached::Loading).class, Class::HostOom);
     assert_eq!(verdict_of(at_init.as_bytes(), How::Exited(1), Reached::Loading, Some(false)).class, Class::Crash);
+}
+
+#[test]
+fn what_the_driver_reports_of_a_gpu_is_believed_before_what_the_engine_makes_of_it() {
+    let tail = [b"RuntimeError: NCCL error: unhandled system error".to_vec()];
+    let signatures = [Signature::Nccl];
+    let seen = seen(How::Signaled(SIGKILL), Reached::Ready, &tail, &signatures);
+    let lost = "Xid 79 (GPU has fallen off the bus) on GPU-1";
+    let cause = classify(&Evidence { hardware: Some(lost), ..seen.clone() });
+    assert_eq!((cause.class, cause.retry), (Class::Hardware, Retry::Never));
+    assert_eq!(cause.sentence, format!("A GPU is broken or not usable: {lost}."));
+    assert_eq!(cause.class, classify(&Evidence { hardware: Some(lost), how: How::Hung, ..seen.clone() }).class);
+    // A program's own error is known better by the program, where it says anything.
+    let fault = Some("Xid 31 (memory page fault) on GPU-1");
+    assert_eq!(classify(&Evidence { gpu_fault: fault, ..seen.clone() }).class, Class::Nccl);
+    let silent = Evidence { gpu_fault: fault, signatures: &[], tail: &[], ..seen };
+    assert_eq!(classify(&silent).sentence, "A CUDA kernel failed: Xid 31 (memory page fault) on GPU-1.");
 }
 
 #[test]

@@ -59,6 +59,8 @@ pub enum Fault {
     HealthLies,
     /// The last rank stops (SIGSTOP) this long after readiness.
     StopRank(Duration),
+    /// The main process takes memory without end (2 GiB at most) this long after readiness.
+    EatMemory(Duration),
     /// Each prefill takes this long, in silence.
     SlowPrefill(Duration),
     /// Each prefill takes this long, with a log line a chunk; `/health` fails meanwhile.
@@ -175,6 +177,7 @@ impl Fault {
             "garbage_http" => Self::GarbageHttp,
             "health_lies" => Self::HealthLies,
             "stop_rank" => Self::StopRank(seconds()?),
+            "eat_memory" => Self::EatMemory(seconds()?),
             "slow_prefill" => Self::SlowPrefill(seconds()?),
             "busy_prefill" => Self::BusyPrefill(seconds()?),
             "die_after_tokens" => Self::DieAfterTokens(number()?),

@@ -89,7 +89,7 @@ pub struct Link {
 pub fn spawn(kind: Kind, model: &str, weights: Weights, knobs: &Knobs) -> io::Result<(Started, Link)> {
     let (ours, theirs) = StdUnixStream::pair()?;
     ours.set_nonblocking(true)?;
-    let mut command = Command::new(std::env::current_exe()?);
+    let mut command = Command::new(super::own_program()?);
     command.arg0(SPAWNING).args(["simulate", ROLE, "importing"]);
     let (rank, of) = match kind {
         Kind::Scheduler { rank, of } => (rank.to_string(), of.to_string()),
@@ -154,7 +154,7 @@ pub fn run(words: &[String], knobs: &Knobs) -> Ended {
     if stage == "importing" {
         runtime.block_on(async { tokio::time::sleep(knobs.import_window()).await });
         drop(runtime);
-        let Ok(own) = std::env::current_exe() else { return Ended::Code(70) };
+        let Ok(own) = super::own_program() else { return Ended::Code(70) };
         let error =
             Command::new(own).arg0(kind.title()).args(["simulate", ROLE, "imported", rank, of, model, format]).exec();
         logline::raw(&format!("simulated engine: cannot exec itself: {error}\n"));
@@ -220,7 +220,7 @@ async fn live(kind: Kind, parent: Pid, model: &str, weights: Weights, knobs: &Kn
 /// SIGQUIT to whoever is the parent, if that is an sglangd: the engine, or the supervisor that adopted
 /// an orphan. The real one signals anybody; here it would hit a developer's session manager.
 fn quit(parent: Pid) {
-    let same = std::fs::read_link(format!("/proc/{parent}/exe")).ok() == std::env::current_exe().ok();
+    let same = std::fs::read_link(format!("/proc/{parent}/exe")).ok() == super::own_program().ok();
     if same {
         let _ = kill(parent, Signal::SIGQUIT);
     }

@@ -8,7 +8,7 @@ pub const ROLE: &str = "::stray";
 
 /// Starts a process that will be in nobody's session and nobody's child.
 pub fn release() {
-    let Ok(own) = std::env::current_exe() else { return };
+    let Ok(own) = super::own_program() else { return };
     if let Ok(mut first) = Command::new(own).args(["simulate", ROLE, "first"]).stdin(Stdio::null()).spawn() {
         let _ = first.wait();
     }
@@ -20,7 +20,7 @@ pub fn run(words: &[String]) -> Ended {
         if let Err(error) = nix::unistd::setsid() {
             logline::raw(&format!("stray: setsid: {error}\n"));
         }
-        if let Ok(own) = std::env::current_exe() {
+        if let Ok(own) = super::own_program() {
             // Not waited for: this process ends at once, which is the point.
             let _ = Command::new(own).args(["simulate", ROLE, "second"]).spawn();
         }

@@ -26,8 +26,26 @@ pub async fn troubles(knobs: &Knobs, orders: mpsc::Sender<Order>, last: Option<n
             let _ = nix::sys::signal::kill(pid, Signal::SIGSTOP);
         }
     };
-    tokio::join!(crash, stop);
+    let eat = async {
+        if let Some(after) = knobs.find(|f| if let Fault::EatMemory(after) = f { Some(after) } else { None }) {
+            tokio::time::sleep(after).await;
+            eat_memory().await;
+        }
+    };
+    tokio::join!(crash, stop, eat);
     std::future::pending::<()>().await;
+}
+
+/// Bounded, so that a machine without a limit loses no more than this.
+async fn eat_memory() {
+    const BITE: usize = 16 << 20;
+    let mut eaten = Vec::new();
+    for _ in 0..128 {
+        eaten.push(vec![1_u8; BITE]);
+        tokio::task::yield_now().await;
+    }
+    std::future::pending::<()>().await;
+    drop(eaten);
 }
 
 pub fn close_stdio() {
@@ -66,6 +84,13 @@ pub fn nuisances(knobs: &Knobs) {
 
 fn flood(mut to: impl std::io::Write + Send + 'static) {
     let lines = b"[2026-11-23 14:11:43] a line of a flood that says nothing at all\n".repeat(1000);
-    // A thread of its own: it blocks whenever the pipe is full. It ends with the process.
-    let _ = std::thread::Builder::new().name("flood".into()).spawn(move || while to.write_all(&lines).is_ok() {});
+    // A thread of its own: it blocks whenever the pipe is full. It ends with the process. 65 MB a second are a
+    // thousand times what an engine says, and leave the machine's other cores alone.
+    let pause = std::time::Duration::from_millis(1);
+    let _ = std::thread::Builder::new().name("flood".into()).spawn(move || {
+        while to.write_all(&lines).is_ok() {
+            #[allow(clippy::disallowed_methods)] // this thread alone
+            std::thread::sleep(pause);
+        }
+    });
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use rand::Rng;
 
-use super::{Driver, Report};
+use super::{Driver, Report, bundle};
 use crate::config::Prefetch;
 use crate::engine::death::Reached;
 use crate::exit::Exit;
@@ -15,8 +15,10 @@ use crate::supervisor::acquire::acquire;
 use crate::supervisor::ahead::{Order, Reading, reads_files};
 use crate::supervisor::autopsy::{self, Found, Judged};
 use crate::supervisor::cause::Cause;
+use crate::supervisor::findings::{Stacks, Subject};
 use crate::supervisor::loading::{Loading, Memory};
 use crate::supervisor::prepare::{Ingredients, prepare};
+use crate::supervisor::releasing::{Uses, Waited};
 use crate::supervisor::running::{End, Notice, launch, stranger};
 use crate::supervisor::step::{Action, Check, Event, Machine, State};
 
@@ -44,12 +46,7 @@ impl Driver {
                 }
             }
             Action::Kill => self.kill(),
-            Action::Release => {
-                // Whether the GPUs' memory is free again is not known here yet (no NVML): the tree is
-                // empty, and the driver frees what a dead process held within some 200 ms.
-                let roll = rand::rng().random_range(0..1000);
-                self.send(Report::Released { roll });
-            }
+            Action::Release => self.release(),
             Action::Exit(code) => self.exit = Some(code),
         }
     }
@@ -84,6 +81,7 @@ impl Driver {
             resolved: acquired.resolved.clone(),
             snapshots: acquired.snapshots.clone(),
         };
+        self.node.uses = Some(Uses::of(&from.config, &from.resolved, &from.own_env));
         let reports = self.reports.clone();
         self.preparing = Some(tokio::spawn(async move {
             let prepared = tokio::task::spawn_blocking(move || prepare(&from)).await;
@@ -99,8 +97,44 @@ impl Driver {
         }));
     }
 
+    /// Before a launch: until there is room for it, for as long as it takes, unless the launch is given up.
+    fn claim(&mut self, roll: u16) {
+        let Some(uses) = self.node.uses.clone() else { return };
+        let (room, given_up, reports) = (self.room.clone(), self.hurry.clone(), self.reports.clone());
+        tokio::spawn(async move {
+            let teller = reports.clone();
+            let held = async move {
+                let _ = teller.send(Report::Held { roll }).await;
+            };
+            if room.free(&uses, &given_up, held).await == Waited::Free {
+                let _ = reports.send(Report::Released { roll }).await;
+            }
+        });
+    }
+
+    /// Until the memory of the engine that was is free; at a stop, not for long.
+    fn release(&mut self) {
+        let roll = rand::rng().random_range(0..1000);
+        if !matches!(self.machine.state, State::Releasing { .. }) {
+            self.claim(roll);
+            return;
+        }
+        let Some(uses) = self.uses.take() else {
+            // Nothing was launched: nothing is held.
+            self.send(Report::Released { roll });
+            return;
+        };
+        let (room, hurry, reports) = (self.room.clone(), self.hurry.clone(), self.reports.clone());
+        tokio::spawn(async move {
+            let _ = room.released(&uses, &hurry).await;
+            let _ = reports.send(Report::Released { roll }).await;
+        });
+    }
+
     async fn launch(&mut self) {
         let Some(prepared) = self.prepared.take() else { return };
+        self.uses.clone_from(&self.node.uses);
+        self.node.launched();
         let (notices, mut from) = tokio::sync::mpsc::channel::<Notice>(4);
         let reports = self.reports.clone();
         tokio::spawn(async move {
@@ -181,18 +215,33 @@ impl Driver {
             return;
         };
         engine.stop_watching();
-        let reports = self.reports.clone();
+        let (reports, spawner) = (self.reports.clone(), self.spawner.clone());
+        let (state, about) = (self.means.folders.state.clone(), self.about());
         let reached = if self.vigil.served { Reached::Ready } else { self.loading.reached() };
         let words = engine.take_last_words();
+        let subject = Subject::new(engine.tree.clone(), engine.spec.clone());
         let (ended, heard) = (engine.ended, Arc::clone(&engine.heard));
         // The engine goes back to the driver for its end; only its last words are waited for here.
         self.engine = Some(engine);
         let verdict = self.vigil.judged.take().or_else(|| self.start_verdict().map(Judged::Hung));
+        // Only of one that hangs: where a rank died, the others wait for it, and nobody should wait for them.
+        let stacks = if matches!(verdict, Some(Judged::Hung(_))) { Stacks::Take } else { Stacks::Leave };
         let before = self.cause.as_ref().map(|cause| cause.failure.class);
+        let node = self.node.witness(&self.ranks, self.engine.as_ref().map(|engine| engine.pid));
         tokio::spawn(async move {
-            let tail = words.await;
-            let found = Found { ended, reached, tail, signatures: heard.signatures(), verdict };
-            let _ = reports.send(Report::Examined(autopsy::examine(&found, before))).await;
+            // Both before anything is killed; together they take no longer than the stacks of a hung one.
+            let (tail, alive) = tokio::join!(words, subject.alive(&spawner, stacks));
+            // The kernel's log may be long: not on a worker of the runtime.
+            let node = tokio::task::spawn_blocking(move || node.found()).await.unwrap_or_default();
+            let log = subject.tail(&tail);
+            let found = Found { ended, reached, tail, signatures: heard.signatures(), verdict, node };
+            let cause = autopsy::examine(&found, before);
+            let pages = [vec![bundle::cause(&cause), log], about, subject.start(), alive].concat();
+            let class = cause.failure.class;
+            // The restart goes on; what is written down is for later.
+            let _ = reports.send(Report::Examined(cause)).await;
+            let written = bundle::written(state, class, pages, &spawner).await;
+            let _ = reports.send(Report::Bundled(written)).await;
         });
     }
 
@@ -220,6 +269,8 @@ impl Driver {
     }
 
     fn kill(&mut self) {
+        // Whoever waits for the GPUs' memory before a launch waits in vain.
+        std::mem::take(&mut self.hurry).cancel();
         let end = self.engine.as_ref().map_or_else(End::default, crate::supervisor::running::Running::end);
         if let Some(engine) = &mut self.engine {
             engine.stop_watching();
@@ -229,13 +280,13 @@ impl Driver {
         }
         let (current, stuck, reports) = (self.current.clone(), Arc::clone(&self.stuck), self.reports.clone());
         let (preparing, acquiring) = (self.preparing.take(), self.acquiring.take());
-        let (warming, reading) = (self.warming.clone(), self.reading.take());
+        let (warming, reading, spawner) = (self.warming.clone(), self.reading.take(), self.spawner.clone());
         tokio::spawn(async move {
             // What it is just making would be left behind; its report, before ours, has it removed.
             if let Some(preparing) = preparing {
                 let _ = preparing.await;
             }
-            end.run(current, stuck).await;
+            end.run(current, stuck, spawner).await;
             // It ends with its child, and only then nothing more is started.
             if let Some(acquiring) = acquiring {
                 let _ = acquiring.await;

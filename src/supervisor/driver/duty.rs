@@ -73,6 +73,10 @@ impl Driver {
                 self.on(Event::TreeEmpty).await;
             }
             Report::Released { roll } => self.on(Event::Released { roll }).await,
+            Report::Held { roll } => self.on(Event::Held { roll }).await,
+            Report::Gpus(look) => self.saw_gpus(look),
+            Report::Bundled(written) => self.bundled(written),
+            Report::Order(Order::Bundle(reply)) => self.bundle_on_demand(reply),
             Report::Order(Order::Restart(reply)) => {
                 let before = self.machine.state.clone();
                 let stopping = self.machine.stopping();

@@ -10,6 +10,8 @@ impl Driver {
         let stuck = self.stuck.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         let half = self.half_view.borrow().clone();
         let phase = self.loading.phase(&self.machine.state);
+        let gpus = self.gpu_status();
+        let in_the_way = self.room.in_the_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         let facts = Facts {
             machine: &self.machine,
             config: &self.means.loaded.config,
@@ -31,6 +33,9 @@ impl Driver {
             listen: &self.listen,
             warnings: &self.warnings,
             uptime: self.born.elapsed(),
+            gpus: &gpus,
+            in_the_way: &in_the_way,
+            bundle: self.bundle.as_deref(),
             suspicion: self.vigil.suspicion.as_ref(),
             suspicions: self.suspicions,
             remarks: &self.vigil.remarks,
@@ -72,6 +77,7 @@ pub(super) fn proxy_env(own: &Env, config: &Config) -> Env {
     let format = match config.observe.format {
         crate::config::LogFormat::Text => "text",
         crate::config::LogFormat::Json => "json",
+        crate::config::LogFormat::Journald => "journald",
     };
     env.insert("SGLANGD_OBSERVE_LOG".into(), format.into());
     env

@@ -70,6 +70,7 @@ impl Driver {
     /// Once a second.
     pub(super) async fn beat(&mut self) {
         self.systemd.tick();
+        self.look_at_gpus();
         match self.machine.state {
             State::Loading { .. } => self.watch_start(),
             State::Ready | State::Busy => self.watch_over().await,
@@ -164,6 +165,7 @@ impl Driver {
     fn suspect(&mut self, silence: Duration, why: String) {
         if self.vigil.suspicion.is_none() {
             self.suspicions += 1;
+            self.bundle_of_a_suspicion();
             tracing::warn!("a hang of the engine is suspected: {why}");
         }
         self.vigil.suspicion = Some(Suspicion { silence, why });

@@ -9,7 +9,7 @@ use crate::link::Gate;
 /// Two environments of one shadow are honest in the same way: a tree is reported empty only after SIGKILL,
 /// GPUs only after they were asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
-#[allow(clippy::struct_excessive_bools)] // independent facts; none is a policy
+#[allow(clippy::struct_excessive_bools)] // what happened, one by one: no state is hidden in them
 pub struct Shadow {
     pub engine: Engine,
     /// Since the present preparation began, the GPUs were free at some moment.
