@@ -4,6 +4,7 @@
 
 mod random;
 mod search;
+mod seeds;
 mod shadow;
 
 use super::step::*;

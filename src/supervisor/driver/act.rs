@@ -1,5 +1,6 @@
 //! One wish of the machine at a time.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use rand::Rng;
