@@ -1,6 +1,5 @@
 //! One wish of the machine at a time.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use rand::Rng;
