@@ -4,6 +4,7 @@
 
 mod random;
 mod search;
+#[allow(clippy::print_stdout)] // figures, for who asks with --no-capture
 mod seeds;
 mod shadow;
 

@@ -17,7 +17,7 @@ use super::{BAD_FLAG, CRASH, OOM, POLICY, name};
 use crate::health::verdict::Verdict;
 use crate::health::watch::{Sign, Watch};
 
-const HANG_AFTER: Duration = Duration::from_secs(120);
+const HANG_AFTER: Duration = Duration::from_mins(2);
 const PROBE_EVERY: Duration = Duration::from_secs(30);
 const PROBE_LIMIT: Millis = 25_000;
 const SECOND: Millis = 1_000;
