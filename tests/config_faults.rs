@@ -580,6 +580,7 @@ fn a_missing_python_or_sglang_is_named_with_the_way_out() {
     );
     assert_eq!(nowhere.code, 65);
     assert!(nowhere.err.contains("`no-such-python`: not found in PATH (/usr/bin:/bin)"), "{}", nowhere.err);
+    assert!(nowhere.out.contains("would serve a/b"), "what is known is shown all the same: {}", nowhere.out);
     let folder = ended(machine.command(Path::new(BIN)).args(["--set", "engine.command=[/etc/passwd, -m, sglang]"]));
     assert_eq!(folder.code, 65);
     assert!(folder.err.contains("`/etc/passwd`: it may not be executed"), "{}", folder.err);

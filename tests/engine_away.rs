@@ -26,6 +26,8 @@ fn an_engine_that_is_not_ready_is_a_truthful_503() {
     let answer = Client::ask(front.addr, post(CHAT, "{}"));
     assert_eq!((answer.status, answer.code().as_str()), (503, "engine_starting"));
     front.proxy.settings(settings()).unwrap();
+    front.proxy.engine(EngineView { eta_seconds: None, eta_range_seconds: Some([10, 900]), ..loading() });
+    assert_eq!(Client::ask(front.addr, get("/ready")).json()["eta_range_seconds"], serde_json::json!([10, 900]));
     front.proxy.engine(loading());
     for request in [post(CHAT, "{}"), get("/health"), get("/ready")] {
         let answer = Client::ask(front.addr, request);

@@ -26,10 +26,19 @@ fn client(script: &str) -> Command {
     command
 }
 
-/// What the real library says of a cache.
+/// What the real library says of a cache, with this site's hub to ask.
 fn library(site: &Site, cache: &Path, words: &[&str]) -> Value {
+    asked(cache, words, &site.hub.endpoint())
+}
+
+/// What it finds of a repository where nobody can be asked.
+pub fn found_offline(cache: &Path, repo: &str) -> Value {
+    asked(cache, &["find", repo, "main"], "http://127.0.0.1:9")
+}
+
+fn asked(cache: &Path, words: &[&str], endpoint: &str) -> Value {
     let mut command = client("hub_cache.py");
-    command.arg(words[0]).arg(cache).args(&words[1..]).env("HF_ENDPOINT", site.hub.endpoint());
+    command.arg(words[0]).arg(cache).args(&words[1..]).env("HF_ENDPOINT", endpoint);
     command.env("HF_HOME", cache.with_file_name("home"));
     let output = command.output().unwrap();
     assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -50,7 +59,9 @@ fn tree(cache: &Path) -> BTreeMap<PathBuf, String> {
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).unwrap().map(Result::unwrap) {
             let (path, name) = (entry.path(), entry.file_name().into_string().unwrap());
-            if name == ".locks" || name == "CACHEDIR.TAG" || name.starts_with(".sglangd-complete-") {
+            // The library keeps the hub's listing in `trees`, for itself.
+            let own = ["CACHEDIR.TAG", "trees"].contains(&name.as_str()) || name.starts_with(".sglangd-complete-");
+            if name == ".locks" || own {
                 continue;
             }
             let kind = entry.file_type().unwrap();

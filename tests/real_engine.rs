@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::harness::daemon::{Daemon, SGLANGD, Setup, eventually, free_address};
+use crate::hub_cache;
 
 /// Imports alone take 40 s on two free cores, and these tests may share them.
 const START: Duration = Duration::from_mins(7);
@@ -456,6 +457,8 @@ async fn it_fetches_from_the_hub_stops_while_children_import_and_then_serves() {
     children_import(&mut daemon).await;
     let snapshots = daemon.folder().join("home/.cache/huggingface/hub/models--sglangd-test--tiny/snapshots");
     assert_eq!(fs::read_dir(&snapshots).unwrap().count(), 1, "the snapshot in the standard cache");
+    let found = hub_cache::found_offline(&daemon.folder().join("home/.cache/huggingface/hub"), REPO);
+    assert!(text_at(&found, "folder").starts_with(&*snapshots.to_string_lossy()), "{found}");
 
     // The engine's main process dies of SIGTERM at once here; its children would live on for minutes.
     daemon.terminate();

@@ -187,7 +187,7 @@ async fn the_list_shows_snapshots_sizes_last_use_and_who_uses_them() {
     assert_eq!(user[0], COMMIT);
     assert!(user[1].as_str().unwrap().contains(&format!("pid {}", std::process::id())), "{user}");
     let (_, said) = ran(told(&site, &["--list"]));
-    assert!(said.contains("in use by") && said.contains("1 repositories, 2 snapshots"), "{said}");
+    assert!(said.contains("in use by") && said.contains("1 repository, 2 snapshots"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

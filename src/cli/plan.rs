@@ -183,12 +183,14 @@ pub fn run(args: PlanArgs) -> Exit {
             return Exit::Config;
         }
     };
-    let source = match installed_table(&loaded.config.engine, folders.inspect_cache(), INSPECT_LIMIT) {
-        Ok(source) => source,
-        Err(error) => {
+    // A plan may be made on another machine than the one that will serve: what is known is shown all the same.
+    let (source, no_engine) = match installed_table(&loaded.config.engine, folders.inspect_cache(), INSPECT_LIMIT) {
+        Ok(source) => (source, None),
+        Err(error) if args.inspect => {
             eprintln!("sglangd: {error}");
             return Exit::Config;
         }
+        Err(error) => (TableSource::bundled(None), Some(error)),
     };
     if args.inspect {
         return inspected(&source);
@@ -205,7 +207,8 @@ pub fn run(args: PlanArgs) -> Exit {
     let mut exit = Exit::Ok;
     if args.check {
         let words = &spec.argv[loaded.config.engine.command.len()..];
-        let answer = check(&loaded.config.engine, words, &spec.yaml, INSPECT_LIMIT);
+        let answer =
+            no_engine.clone().map_or_else(|| check(&loaded.config.engine, words, &spec.yaml, INSPECT_LIMIT), Err);
         if matches!(answer, Ok(Answer::Refused(_)) | Err(_)) {
             exit = Exit::Config;
         }
@@ -218,8 +221,12 @@ pub fn run(args: PlanArgs) -> Exit {
     } else {
         print!("{}", text(&plan));
     }
-    if let Some(CheckView::Refused { why }) = &plan.check {
+    if let Some(CheckView::Refused { why }) = plan.check.as_ref().filter(|_| no_engine.is_none()) {
         eprintln!("sglangd: the engine's parser refuses this: {why}");
+    }
+    if let Some(error) = no_engine {
+        eprintln!("sglangd: here a start would end at once: {error}");
+        exit = Exit::Config;
     }
     exit
 }

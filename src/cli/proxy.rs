@@ -246,6 +246,7 @@ fn ready(addr: SocketAddr) -> EngineView {
         phase: String::new(),
         percent: None,
         eta_seconds: None,
+        eta_range_seconds: None,
         reason: String::new(),
         upstream: Some(Upstream { addr, api_key: None, admin_key: None }),
         suspected: false,

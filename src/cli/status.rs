@@ -10,7 +10,7 @@ use clap::Args;
 use super::FolderArgs;
 use super::exit::Exit;
 use crate::health::client::{self, Target};
-use crate::link::status::{GpuStatus, Status};
+use crate::link::status::{GpuStatus, Status, between};
 
 /// A supervisor answers in milliseconds; one that does not within this is stuck.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -147,7 +147,11 @@ fn render(status: &Status) -> String {
     let _ = writeln!(out, "sglangd {}  {}  up {}", status.version, headline(status), span(status.uptime_seconds));
     if let Some(percent) = status.percent {
         let filled = (percent.clamp(0.0, 100.0) / 100.0 * 30.0).round() as usize;
-        let eta = status.eta_seconds.map_or_else(String::new, |s| format!("  ready in about {}", span(s)));
+        let eta = match (status.eta_seconds, status.eta_range_seconds) {
+            (Some(seconds), _) => format!("  ready in about {}", span(seconds)),
+            (None, Some([least, most])) => format!("  ready in {}", between(least, most)),
+            (None, None) => String::new(),
+        };
         let _ = writeln!(out, "[{}{}] {percent:3.0} %{eta}", "#".repeat(filled), "-".repeat(30 - filled));
     }
     let mut row = |name: &str, text: &str| {
@@ -155,6 +159,7 @@ fn render(status: &Status) -> String {
             let _ = writeln!(out, "{name:9} {text}");
         }
     };
+    row("slow", &status.slow);
     row("reason", &status.reason);
     row("advice", &status.advice);
     row("model", &model(status));
@@ -297,6 +302,8 @@ mod tests {
             phase: "loading weights 12/64".into(),
             percent: Some(15.5),
             eta_seconds: Some(240),
+            eta_range_seconds: None,
+            slow: "kernels are compiled".into(),
             reason: "The engine is starting.".into(),
             advice: String::new(),
             model: ModelStatus {

@@ -50,6 +50,13 @@ pub struct TableSource {
     pub warning: Option<String>,
 }
 
+impl TableSource {
+    /// The table that ships with sglangd.
+    pub fn bundled(warning: Option<String>) -> Self {
+        Self { table: FlagTable::bundled().clone(), how: How::Bundled, warning }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
     /// The installed parser was run now.
@@ -74,10 +81,8 @@ struct Kept {
 
 /// The table of the engine that `engine.command` starts. `limit` bounds the run of its parser.
 pub fn installed_table(engine: &Engine, cache_dir: &Path, limit: Duration) -> Result<TableSource, InspectError> {
-    let bundled =
-        |warning: Option<String>| TableSource { table: FlagTable::bundled().clone(), how: How::Bundled, warning };
     find_program(engine)?;
-    let Some(interpreter) = interpreter(engine)? else { return Ok(bundled(None)) };
+    let Some(interpreter) = interpreter(engine)? else { return Ok(TableSource::bundled(None)) };
     if let Some(table) = cached(&interpreter, cache_dir) {
         return Ok(TableSource { table, how: How::Cached, warning: None });
     }
@@ -88,7 +93,7 @@ pub fn installed_table(engine: &Engine, cache_dir: &Path, limit: Duration) -> Re
             let said = last_line(&err);
             return Err(InspectError::NoSglang { interpreter: interpreter.display().to_string(), said });
         }
-        Ran::Failed(why) => return Ok(bundled(Some(fallback(&why)))),
+        Ran::Failed(why) => return Ok(TableSource::bundled(Some(fallback(&why)))),
     };
     match dump(engine, &interpreter, limit) {
         Ok(table) => {
@@ -98,7 +103,7 @@ pub fn installed_table(engine: &Engine, cache_dir: &Path, limit: Duration) -> Re
             let origin = TableOrigin::Installed { path: server_args.display().to_string() };
             Ok(TableSource { table: FlagTable::new(table, origin), how: How::Asked, warning })
         }
-        Err(why) => Ok(bundled(Some(fallback(&why)))),
+        Err(why) => Ok(TableSource::bundled(Some(fallback(&why)))),
     }
 }
 

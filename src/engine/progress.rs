@@ -6,12 +6,20 @@
 //!
 //! Facts of the log come in; ranks say the same things one after another, so what counts is the slowest
 //! rank where each goes at its own pace (weights, memory), and any rank where they go in step (graphs).
-//! A time is only told where this node has seen the same start before. Pure: time comes in as data,
-//! in milliseconds since the launch. It decides nothing; a start without progress is the supervisor's.
+//! A time is only told where this node has seen the same start before (`past`), and a range where it has not
+//! (`unknown`). Pure: time comes in as data, in milliseconds since the launch. It decides nothing; a start
+//! without progress is the supervisor's.
+
+mod past;
+mod unknown;
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
+
+pub use past::History;
+use past::{Point, Track};
 
 use super::log::{Fact, Graphs, Rank};
 
@@ -51,35 +59,6 @@ const STAGES: [(Stage, f32); 9] = [
 /// "importing" would be a guess then.
 const SILENT_IMPORT_MS: u64 = 120_000;
 
-/// What an earlier start of the same model with the same flags took on this node, for each stage in
-/// milliseconds. Kept between runs.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct History {
-    pub stages_ms: BTreeMap<Stage, u64>,
-}
-
-impl History {
-    /// Of a start that has reached readiness.
-    pub fn from_progress(progress: &Progress) -> Option<Self> {
-        let ready = *progress.entered.get(&Stage::Ready)?;
-        let mut stages_ms = BTreeMap::new();
-        let mut end = ready;
-        for (stage, at) in progress.entered.iter().rev().filter(|(stage, _)| **stage != Stage::Ready) {
-            stages_ms.insert(*stage, end.saturating_sub(*at));
-            end = *at;
-        }
-        Some(Self { stages_ms })
-    }
-
-    fn of(&self, stage: Stage) -> u64 {
-        self.stages_ms.get(&stage).copied().unwrap_or(0)
-    }
-
-    fn total(&self) -> u64 {
-        self.stages_ms.values().sum()
-    }
-}
-
 /// A place on the way: a stage, and the part of it that is done (0–1).
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
 struct Place {
@@ -102,7 +81,7 @@ pub struct Progress {
     floor: Place,
     at: Place,
     percent: f32,
-    entered: BTreeMap<Stage, u64>,
+    track: Track,
     shards: Option<(u32, u32)>,
     /// A second set of weights is loaded by ranks that had theirs: the draft model's.
     draft: Draft,
@@ -130,12 +109,12 @@ impl Progress {
     pub fn new(tp: u32, past: Option<&History>) -> Self {
         Self {
             tp,
-            past: past.filter(|past| past.total() > 0).cloned(),
+            past: past.cloned(),
             ranks: BTreeMap::new(),
             floor: place(Stage::Import, 0.0),
             at: place(Stage::Import, 0.0),
             percent: 0.0,
-            entered: BTreeMap::from([(Stage::Import, 0)]),
+            track: Track::default(),
             shards: None,
             draft: Draft::No,
             work: Work::Memory,
@@ -252,17 +231,35 @@ impl Progress {
         if self.at.stage == Stage::Ready {
             return Some(0);
         }
-        let past = self.past.as_ref()?;
-        let later: u64 = past.stages_ms.iter().filter(|(stage, _)| **stage > self.at.stage).map(|(_, ms)| ms).sum();
-        let usual = past.of(self.at.stage);
-        let spent = now_ms.saturating_sub(self.entered.get(&self.at.stage).copied().unwrap_or(0));
-        if spent > usual.saturating_mul(2) + 10_000 {
+        Some(self.past.as_ref()?.left_ms(&self.track, now_ms)?.div_ceil(1000))
+    }
+
+    /// Between how many seconds it may still take, where no earlier start tells. None before anything known
+    /// was said: an unknown version may do anything.
+    pub fn eta_range_seconds(&self, now_ms: u64) -> Option<RangeInclusive<u64>> {
+        if self.at.stage == Stage::Import || self.eta_seconds(now_ms).is_some() {
             return None;
         }
-        // By the clock, but never more than what a bar says is left.
-        let by_bar = (usual as f32 * (1.0 - self.at.part)) as u64;
-        let left = usual.saturating_sub(spent).min(if self.at.part > 0.0 { by_bar } else { usual });
-        Some((later + left).div_ceil(1000))
+        let spent = now_ms.saturating_sub(self.track.entered(self.at.stage).unwrap_or(0));
+        let bar = (self.at.stage == Stage::Load && self.shards.is_some()).then_some(self.at.part);
+        unknown::left(self.at.stage, spent, bar)
+    }
+
+    /// Why it takes long at present, where that is known.
+    pub fn slow(&self) -> Option<&'static str> {
+        match self.work {
+            _ if self.at.stage != Stage::Pool => None,
+            Work::Memory => None,
+            Work::Compile(_) => {
+                Some("kernels are compiled, which takes 10 to 20 minutes where DeepGEMM's cache is cold")
+            }
+            Work::Tune => Some("FlashInfer tries which kernels are the fastest"),
+        }
+    }
+
+    /// What this start took, for the next one; none before it is ready.
+    pub fn history(&self) -> Option<History> {
+        History::of(&self.track)
     }
 
     fn place_of(&self, rank: Option<Rank>) -> Option<Place> {
@@ -325,9 +322,7 @@ impl Progress {
         if at <= self.at {
             return;
         }
-        if at.stage > self.at.stage {
-            self.entered.entry(at.stage).or_insert(now_ms);
-        }
+        self.track.reached(Point::of(at, now_ms));
         self.at = at;
         let percent = self.scaled(at);
         if percent > self.percent {
@@ -339,22 +334,21 @@ impl Progress {
         if at.stage == Stage::Ready {
             return 100.0;
         }
-        let from = self.begin(at.stage);
-        let next = STAGES.iter().find(|(stage, _)| *stage > at.stage).map_or(100.0, |(stage, _)| self.begin(*stage));
+        let percent = if let Some(past) = &self.past {
+            past.percent(at)
+        } else {
+            let from = begin(at.stage);
+            let next = STAGES.iter().find(|(stage, _)| *stage > at.stage).map_or(100.0, |(_, begin)| *begin);
+            from + (next - from) * at.part
+        };
         // 100 is said when it is ready, and not a rounding earlier.
-        (from + (next - from) * at.part).min(99.0)
+        percent.min(99.0)
     }
+}
 
-    /// Where a stage begins: by this node's own past where there is one.
-    fn begin(&self, wanted: Stage) -> f32 {
-        match &self.past {
-            Some(past) => {
-                let before: u64 = past.stages_ms.iter().filter(|(stage, _)| **stage < wanted).map(|(_, ms)| ms).sum();
-                before as f32 / past.total() as f32 * 100.0
-            }
-            None => STAGES.iter().find(|(stage, _)| *stage == wanted).map_or(0.0, |(_, begin)| *begin),
-        }
-    }
+/// Where a stage begins in a start nobody has seen before.
+fn begin(wanted: Stage) -> f32 {
+    STAGES.iter().find(|(stage, _)| *stage == wanted).map_or(0.0, |(_, begin)| *begin)
 }
 
 fn counted(what: &str, of: Option<(u32, u32)>) -> String {

@@ -102,6 +102,9 @@ pub struct EngineView {
     pub percent: Option<f32>,
     /// Seconds until ready, as far as anybody can say.
     pub eta_seconds: Option<u64>,
+    /// The least and the most seconds until ready, where nothing tells more (a first start).
+    #[serde(default)]
+    pub eta_range_seconds: Option<[u64; 2]>,
     /// Why the engine is not serving, in one sentence; empty when it is.
     pub reason: String,
     /// Where the engine listens, once it does.

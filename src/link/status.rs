@@ -20,6 +20,12 @@ pub struct Status {
     pub percent: Option<f32>,
     /// Seconds until ready, as far as anybody can say.
     pub eta_seconds: Option<u64>,
+    /// The least and the most seconds until ready, where nothing tells more (a first start).
+    #[serde(default)]
+    pub eta_range_seconds: Option<[u64; 2]>,
+    /// Why a start takes long at present, where that is known; empty where it is not.
+    #[serde(default)]
+    pub slow: String,
     /// Why it does not serve, in one sentence; empty when it does.
     pub reason: String,
     /// What to do about it; empty when nothing is to be done.
@@ -46,6 +52,15 @@ pub struct Status {
     pub uptime_seconds: u64,
     /// The files the configuration came from; empty: the built-in one.
     pub config_files: Vec<PathBuf>,
+}
+
+/// A range of seconds in words; nobody needs the seconds of minutes.
+pub fn between(least: u64, most: u64) -> String {
+    match (least, most) {
+        (_, 0..=120) => format!("{least} to {most} s"),
+        (0..=59, _) => format!("{least} s to {} min", most.div_ceil(60)),
+        _ => format!("{} to {} min", least / 60, most.div_ceil(60)),
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -183,4 +198,15 @@ pub struct Listening {
     pub admin: String,
     /// The same on a Unix socket.
     pub admin_socket: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::between;
+
+    #[test]
+    fn a_range_is_told_in_the_unit_of_its_end() {
+        let told = [(1, 120), (12, 121), (59, 900), (60, 901), (600, 3_600)].map(|(a, b)| between(a, b));
+        assert_eq!(told, ["1 to 120 s", "12 s to 3 min", "59 s to 15 min", "1 to 16 min", "10 to 60 min"]);
+    }
 }

@@ -93,6 +93,7 @@ mod tests {
             phase: "loading weights 3/64".into(),
             percent: Some(12.5),
             eta_seconds: Some(90),
+            eta_range_seconds: None,
             reason: String::new(),
             upstream: None,
             suspected: false,

@@ -239,6 +239,9 @@ impl Refusal {
         refusal.extra.insert("phase".into(), phase.into());
         refusal.extra.insert("percent".into(), json!(view.and_then(|view| view.percent)));
         refusal.extra.insert("eta_seconds".into(), json!(eta));
+        if let Some(range) = view.and_then(|view| view.eta_range_seconds) {
+            refusal.extra.insert("eta_range_seconds".into(), json!(range));
+        }
         refusal
     }
 
@@ -326,6 +329,7 @@ mod tests {
             phase: "loading weights 3/64".into(),
             percent: Some(12.5),
             eta_seconds: Some(240),
+            eta_range_seconds: None,
             reason: String::new(),
             upstream: None,
             suspected: false,

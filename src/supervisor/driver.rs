@@ -257,6 +257,8 @@ impl Driver {
             phase: "",
             percent: None,
             eta_seconds: None,
+            eta_range_seconds: None,
+            slow: "",
             cause: None,
             stuck: "",
             engine: None,

@@ -141,7 +141,7 @@ impl Loading {
     pub fn ready(&mut self) {
         let Some(start) = &mut self.start else { return };
         start.progress.ready(start.since.elapsed().as_millis() as u64);
-        if let Some(history) = History::from_progress(&start.progress)
+        if let Some(history) = start.progress.history()
             && let Err(error) = start.memory.keep(&history)
         {
             tracing::debug!("what this start took could not be kept: {error}");
@@ -186,6 +186,19 @@ impl Loading {
             }
             _ => None,
         }
+    }
+
+    /// Between how many seconds it may still take, where no earlier start tells.
+    pub fn eta_range_seconds(&self, state: &State) -> Option<[u64; 2]> {
+        let (State::Loading { .. }, Some(start)) = (state, &self.start) else { return None };
+        let range = start.progress.eta_range_seconds(start.since.elapsed().as_millis() as u64)?;
+        Some([*range.start(), *range.end()])
+    }
+
+    /// Why the start takes long at present, where that is known; empty where it is not.
+    pub fn slow(&self, state: &State) -> String {
+        let (State::Loading { .. }, Some(start)) = (state, &self.start) else { return String::new() };
+        start.progress.slow().unwrap_or_default().to_owned()
     }
 
     /// How far the engine came, for the cause of its death.

@@ -46,6 +46,8 @@ pub struct Facts<'a> {
     pub phase: &'a str,
     pub percent: Option<f32>,
     pub eta_seconds: Option<u64>,
+    pub eta_range_seconds: Option<[u64; 2]>,
+    pub slow: &'a str,
     pub cause: Option<&'a Cause>,
     pub stuck: &'a str,
     pub engine: Option<&'a Running>,
@@ -72,7 +74,7 @@ pub struct Facts<'a> {
 ///
 /// The machine waits in one state from the fork to readiness; people are told apart the part in which the
 /// engine's processes import from the one in which they load.
-pub(super) fn public_state(machine: &Machine, importing: bool) -> EngineState {
+fn public_state(machine: &Machine, importing: bool) -> EngineState {
     match &machine.state {
         State::Loading { .. } if importing => EngineState::Launching,
         State::Fetching => EngineState::Fetching,
@@ -144,6 +146,8 @@ impl Facts<'_> {
             phase: self.phase.to_owned(),
             percent: self.percent,
             eta_seconds: self.eta_seconds,
+            eta_range_seconds: self.eta_range_seconds,
+            slow: self.slow.to_owned(),
             reason: self.reason(),
             advice: self.advice(),
             model: ModelStatus {
@@ -220,6 +224,7 @@ impl Facts<'_> {
             phase: self.phase.to_owned(),
             percent: self.percent,
             eta_seconds: self.eta_seconds,
+            eta_range_seconds: self.eta_range_seconds,
             reason: self.reason(),
             upstream: match state {
                 EngineState::Ready | EngineState::Busy => self.engine.map(|e| e.upstream.clone()),
@@ -247,6 +252,12 @@ pub fn headline(status: &Status) -> String {
     }
     if let Some(eta) = status.eta_seconds {
         line = format!("{line}, ready in about {eta} s");
+    }
+    if let Some([least, most]) = status.eta_range_seconds {
+        line = format!("{line}, ready in {}", crate::link::status::between(least, most));
+    }
+    if !status.slow.is_empty() {
+        line = format!("{line}; {}", status.slow);
     }
     if !status.reason.is_empty() {
         line = format!("{line}: {}", status.reason);
@@ -341,5 +352,45 @@ impl Systemd {
 impl Default for Systemd {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::Gate;
+    use crate::supervisor::step::{Check, Failure, GiveUp, Policy, Retry, Terms, Then};
+
+    #[test]
+    fn clients_are_let_through_in_ready_and_busy_alone() {
+        let restart = Terms { max_failures: 5, window: 1, backoff: 1, backoff_max: 1 };
+        let policy = Policy { restart, give_up: GiveUp::Serve, grace: 1, start_stall: 1, start_limit: 1 };
+        let (mut machine, _) = Machine::start(policy);
+        let (then, failure) = (Then::Restart, Failure { class: "crash", retry: Retry::Never, exit: 1 });
+        let closed = [
+            State::Fetching,
+            State::Preparing,
+            State::Claiming { until: 0 },
+            State::Occupied,
+            State::Launching,
+            State::Loading { since: 0, progress: 0, check: Check::Confirming },
+            State::Failing { until: 0 },
+            State::Draining { cut_at: 0, end: 0 },
+            State::Stopping { kill_at: 0, end: 0 },
+            State::Reaping { then, until: 0 },
+            State::Unkillable { then },
+            State::Releasing { then, until: 0 },
+            State::Backoff { until: 0 },
+            State::GaveUp { failure },
+            State::Stopped { exit: 0 },
+        ];
+        for state in closed {
+            machine.state = state;
+            assert_eq!(public_state(&machine, false).gate(), Gate::Closed, "{:?}", machine.state);
+        }
+        for state in [State::Ready, State::Busy] {
+            machine.state = state;
+            assert_eq!(public_state(&machine, true).gate(), Gate::Open, "{:?}", machine.state);
+        }
     }
 }

@@ -4,6 +4,8 @@
 
 mod random;
 mod search;
+#[allow(clippy::print_stdout)] // figures, for who asks with --no-capture
+mod seeds;
 mod shadow;
 
 use super::step::*;

@@ -177,6 +177,8 @@ fn remove_one(cache: &RepoCache, removal: &Removal) -> std::io::Result<()> {
                 // The marker first: a snapshot that is half gone is not to be called complete.
                 gone(fs::remove_file(cache.marker_path(commit)))?;
                 gone(fs::remove_dir_all(cache.dir().join(".no_exist").join(commit)))?;
+                // What huggingface_hub keeps of its listing.
+                gone(fs::remove_file(cache.dir().join("trees").join(format!("{commit}.json"))))?;
             }
             gone(fs::remove_dir_all(&removal.path))
         }

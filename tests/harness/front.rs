@@ -39,6 +39,7 @@ pub fn view(state: EngineState, upstream: Option<SocketAddr>) -> EngineView {
         phase: String::new(),
         percent: None,
         eta_seconds: None,
+        eta_range_seconds: None,
         reason: String::new(),
         upstream: upstream.map(|addr| Upstream { addr, api_key: None, admin_key: None }),
         suspected: false,

@@ -93,12 +93,23 @@ fn list_text(root: &Path, listed: &[Listed<'_>], now: i64) -> String {
         }
         if !kept.leftovers.is_empty() {
             let size: u64 = kept.leftovers.iter().map(|piece| piece.bytes).sum();
-            let _ = writeln!(text, "  {} begun or left over, {}", files(kept.leftovers.len()), bytes(size));
+            let _ = writeln!(
+                text,
+                "  {} begun or left over, {}",
+                count(kept.leftovers.len(), "file", "files"),
+                bytes(size)
+            );
         }
     }
     let all = listed.iter().map(|listed| listed.bytes).sum();
-    let _ =
-        writeln!(text, "{} repositories, {snapshots} snapshots, {} in {}", listed.len(), bytes(all), root.display());
+    let _ = writeln!(
+        text,
+        "{}, {}, {} in {}",
+        count(listed.len(), "repository", "repositories"),
+        count(snapshots, "snapshot", "snapshots"),
+        bytes(all),
+        root.display()
+    );
     text
 }
 
@@ -156,11 +167,7 @@ fn prune_text(root: &Path, tidying: &Tidying, deed: Deed) -> String {
     }
     let locks = tidying.removals.iter().filter(|removal| removal.kind == Kind::Lock).count();
     if locks > 0 {
-        let _ = writeln!(
-            text,
-            "{verb} {} of nobody",
-            if locks == 1 { "1 lock".to_owned() } else { format!("{locks} locks") }
-        );
+        let _ = writeln!(text, "{verb} {} of nobody", count(locks, "lock", "locks"));
     }
     for spared in &tidying.spared {
         let _ = writeln!(text, "keeps {}: it {}", below(&spared.path), spared.why);
@@ -176,8 +183,8 @@ fn prune_text(root: &Path, tidying: &Tidying, deed: Deed) -> String {
     text
 }
 
-fn files(number: usize) -> String {
-    if number == 1 { "1 file".to_owned() } else { format!("{number} files") }
+fn count(number: usize, one: &str, more: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { more })
 }
 
 /// Rough on purpose: a file's access time is noted once a day on most disks.

@@ -15,19 +15,10 @@ fn stamp(line: &[u8]) -> Option<u64> {
 fn replay(log: &[u8], tp: u32, past: Option<&History>) -> (String, Progress) {
     let mut progress = Progress::new(tp, past);
     let mut told = String::new();
-    let (mut begun, mut now) = (None, 0);
     let mut before = 0.0f32;
-    let mut see = |raw: log::RawLine<'_>| {
-        if let Some(at) = stamp(raw.bytes) {
-            now = at - *begun.get_or_insert(at);
-        }
-        let line = log::parse(raw.bytes);
-        let Some(fact) = line.fact else { return };
-        if progress.stage() == Stage::Ready {
-            return;
-        }
+    for (now, fact, rank) in facts(log) {
         let phase = progress.phase(now);
-        progress.observe(fact, line.rank, now);
+        progress.observe(fact, rank, now);
         let percent = progress.percent().unwrap_or(0.0);
         assert!(percent >= before, "{percent} after {before}");
         assert!(percent < 100.0 || progress.stage() == Stage::Ready);
@@ -37,10 +28,7 @@ fn replay(log: &[u8], tp: u32, past: Option<&History>) -> (String, Progress) {
             let seconds = now as f64 / 1000.0;
             writeln!(told, "{seconds:5.1} s {percent:5.1} % {}{eta}", progress.phase(now)).expect("a string takes all");
         }
-    };
-    let mut splitter = Splitter::new();
-    splitter.push(log, &mut see);
-    splitter.finish(&mut see);
+    }
     (told, progress)
 }
 
@@ -70,7 +58,7 @@ fn a_start_of_eight_ranks_in_words() {
 #[test]
 fn a_start_with_graphs_in_words_and_the_next_one_with_its_time() {
     let (words, progress) = replay(GRAPHS, 1, None);
-    let history = History::from_progress(&progress).expect("it became ready");
+    let history = progress.history().expect("it became ready");
     let (again, second) = replay(GRAPHS, 1, Some(&history));
     assert_eq!(second.percent(), Some(100.0));
     insta::assert_snapshot!(format!("{words}\n{again}"));
@@ -79,10 +67,10 @@ fn a_start_with_graphs_in_words_and_the_next_one_with_its_time() {
 #[test]
 fn history_survives_being_written_and_read() {
     let (_, progress) = replay(GRAPHS, 1, None);
-    let history = History::from_progress(&progress).expect("it became ready");
+    let history = progress.history().expect("it became ready");
     let text = serde_json::to_string(&history).expect("writes");
     assert_eq!(serde_json::from_str::<History>(&text).expect("reads"), history);
-    assert_eq!(History::from_progress(&Progress::new(1, None)), None);
+    assert_eq!(Progress::new(1, None).history(), None);
 }
 
 #[test]
@@ -122,13 +110,213 @@ fn the_slowest_rank_counts_and_a_draft_model_does_not_lead_back() {
     assert_eq!((progress.phase(7000).as_str(), progress.percent()), ("loading draft weights 1/2", before));
 }
 
+/// Each fact of a real start with its time, the last of them that it is ready.
+fn facts(log: &[u8]) -> Vec<(u64, Fact, Option<Rank>)> {
+    let (mut out, mut begun, mut now) = (Vec::new(), None, 0);
+    // A bar's own clock tells more than the stamp of the line before it: `1/58 [01:01<`.
+    let mut bar = (0, 0);
+    let mut see = |raw: log::RawLine<'_>| {
+        if let Some(at) = stamp(raw.bytes) {
+            now = at - *begun.get_or_insert(at);
+            bar = (now, 0);
+        } else if let Some(elapsed) = bar_clock(raw.bytes) {
+            bar.1 = elapsed;
+            now = now.max(bar.0 + bar.1);
+        }
+        let line = log::parse(raw.bytes);
+        out.extend(line.fact.map(|fact| (now, fact, line.rank)));
+    };
+    let mut splitter = Splitter::new();
+    splitter.push(log, &mut see);
+    splitter.finish(&mut see);
+    let ready = out.iter().position(|(_, fact, _)| *fact == Fact::Ready).expect("it became ready");
+    out.truncate(ready + 1);
+    out
+}
+
+/// The milliseconds in ` [01:01<58:24, …`.
+fn bar_clock(line: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(line).ok()?;
+    let (clock, _) = text.rsplit_once(" [")?.1.split_once('<')?;
+    let (minutes, seconds) = clock.split_once(':')?;
+    Some((minutes.parse::<u64>().ok()? * 60 + seconds.parse::<u64>().ok()?) * 1000)
+}
+
+/// Lives through a start whose every moment is told by `warp`, looks each half second, and gives the moments
+/// with what was said of the rest.
+fn lived(
+    log: &[u8],
+    tp: u32,
+    past: Option<&History>,
+    warp: impl Fn(u64, Stage) -> u64,
+) -> (Progress, Vec<(u64, Said)>, u64) {
+    let mut progress = Progress::new(tp, past);
+    let (mut said, mut now) = (Vec::new(), 0);
+    let (mut before, mut was) = (0, 0);
+    let mut percent = 0.0;
+    for (at, fact, rank) in facts(log) {
+        let then = was + warp(at - before, progress.stage());
+        (before, was) = (at, then);
+        while now < then {
+            let range = progress.eta_range_seconds(now);
+            said.push((now, Said { eta: progress.eta_seconds(now), range }));
+            now += 500;
+        }
+        progress.observe(fact, rank, then);
+        let told = progress.percent().unwrap_or(0.0);
+        assert!(told >= percent, "{told} after {percent}");
+        percent = told;
+    }
+    (progress, said, was)
+}
+
+struct Said {
+    eta: Option<u64>,
+    range: Option<RangeInclusive<u64>>,
+}
+
+const LOGS: [(&[u8], u32, &str); 4] = [(CPU, 1, "cpu"), (TP8, 8, "tp8"), (GPU, 1, "gpu"), (GRAPHS, 1, "graphs")];
+
+/// The furthest that what was said lay from the truth, from 30 % of the way on: of the moment of arrival, in
+/// hundredths of the whole start; of the time left, in hundredths of it (a second or two are rounding).
+fn furthest(said: &[(u64, Said)], total: u64) -> (f64, f64) {
+    let (mut arrival, mut left) = (0.0f64, 0.0f64);
+    for (now, said) in said.iter().filter(|(now, _)| now * 10 >= total * 3) {
+        let told = said.eta.expect("an earlier start tells") as f64 * 1000.0;
+        let truth = (total - now) as f64;
+        let off = (told - truth).abs();
+        arrival = arrival.max(off / total as f64 * 100.0);
+        left = left.max((off - 2000.0).max(0.0) / truth * 100.0);
+    }
+    (arrival, left)
+}
+
 #[test]
-fn a_start_that_takes_much_longer_than_the_last_one_has_no_time() {
-    let past = History { stages_ms: BTreeMap::from([(Stage::Import, 20_000), (Stage::Load, 60_000)]) };
-    let progress = Progress::new(1, Some(&past));
+fn a_second_start_like_the_first_has_its_time_within_a_fifth_to_the_end() {
+    for (log, tp, name) in LOGS {
+        let (first, ..) = lived(log, tp, None, |ms, _| ms);
+        let history = first.history().expect("it became ready");
+        let (_, said, total) = lived(log, tp, Some(&history), |ms, _| ms);
+        let (arrival, left) = furthest(&said, total);
+        assert!(arrival <= 5.0 && left <= 20.0, "{name}: {arrival:.1} % of the start, {left:.1} % of the rest");
+    }
+}
+
+#[test]
+fn a_second_start_that_is_quicker_or_slower_arrives_within_a_fifth_of_what_was_said() {
+    for (log, tp, name) in LOGS {
+        let (first, ..) = lived(log, tp, None, |ms, _| ms);
+        let history = first.history().expect("it became ready");
+        for pace in [70u64, 80, 90, 110, 120, 130, 150] {
+            let (_, said, total) = lived(log, tp, Some(&history), |ms, _| ms * pace / 100);
+            let (arrival, _) = furthest(&said, total);
+            assert!(arrival <= 20.0, "{name} at {pace} %: off by {arrival:.1} % of the start");
+        }
+    }
+}
+
+#[test]
+fn stages_that_each_go_their_own_pace_still_arrive_within_a_fifth() {
+    for (log, tp, name) in LOGS {
+        let (first, ..) = lived(log, tp, None, |ms, _| ms);
+        let history = first.history().expect("it became ready");
+        for seed in 0..40u64 {
+            // 90 to 110 %, another one for each stage.
+            let pace = |stage: Stage| 90 + (seed * 37 + stage as u64 * 61 + seed * stage as u64 * 13) % 21;
+            let (_, said, total) = lived(log, tp, Some(&history), |ms, stage| ms * pace(stage) / 100);
+            let (arrival, _) = furthest(&said, total);
+            assert!(arrival <= 20.0, "{name}, seed {seed}: off by {arrival:.1} % of the start");
+        }
+    }
+}
+
+#[test]
+fn imports_from_a_warm_disk_do_not_promise_quick_graphs() {
+    let (first, ..) = lived(GRAPHS, 1, None, |ms, _| ms);
+    let history = first.history().expect("it became ready");
+    let warm = |ms, stage| if stage <= Stage::Join { ms / 4 } else { ms };
+    let (_, said, total) = lived(GRAPHS, 1, Some(&history), warm);
+    let (arrival, _) = furthest(&said, total);
+    assert!(arrival <= 20.0, "off by {arrival:.1} % of the start");
+}
+
+#[test]
+fn a_first_start_has_a_range_that_holds_the_truth_and_gets_narrower() {
+    for (log, tp, name) in LOGS {
+        let (_, said, total) = lived(log, tp, None, |ms, _| ms);
+        let mut told = 0;
+        let mut widest = None;
+        for (now, said) in &said {
+            assert_eq!(said.eta, None, "{name}: nothing tells");
+            let Some(range) = &said.range else { continue };
+            let truth = (total - now).div_ceil(1000);
+            assert!(range.contains(&truth), "{name} at {now} ms: {truth} s, said {range:?}");
+            told += 1;
+            widest.get_or_insert(range.end() - range.start());
+        }
+        assert!(told * 10 >= said.len() * 6, "{name}: a range most of the way ({told} of {})", said.len());
+        let (_, last) = said.last().expect("it took a while");
+        let last = last.range.as_ref().expect("up to the end");
+        assert!(last.end() - last.start() < widest.expect("told") / 4, "{name}: {last:?}");
+    }
+}
+
+#[test]
+fn a_bar_that_moved_for_a_while_makes_the_range_narrow() {
+    let mut progress = Progress::new(1, None);
+    progress.observe(Fact::LoadBegin, None, 10_000);
+    let wide = progress.eta_range_seconds(10_000).expect("a range");
+    progress.observe(Fact::Shards { done: 32, total: 64 }, None, 110_000);
+    let narrow = progress.eta_range_seconds(110_000).expect("a range");
+    assert_eq!(narrow.start() - unknown::left(Stage::Load, 10_000_000, None).expect("a range").start(), 52);
+    assert!(narrow.end() < wide.end(), "{wide:?}, {narrow:?}");
+}
+
+#[test]
+fn why_it_is_slow_is_said_where_it_is_known() {
+    let mut progress = Progress::new(1, None);
+    progress.observe(Fact::LoadEnd { elapsed_ms: 1 }, None, 1000);
+    assert_eq!(progress.slow(), None);
+    progress.observe(Fact::JitCompile { percent: Some(3) }, None, 2000);
+    assert!(progress.slow().is_some_and(|why| why.contains("DeepGEMM")));
+    progress.observe(Fact::AutotuneBegin, None, 3000);
+    assert!(progress.slow().is_some_and(|why| why.contains("FlashInfer")));
+    progress.observe(Fact::AutotuneEnd, None, 4000);
+    assert_eq!(progress.slow(), None);
+    progress.observe(Fact::JitCompile { percent: None }, None, 5000);
+    progress.observe(Fact::CaptureBegin(Graphs::Decode), None, 6000);
+    assert_eq!(progress.slow(), None, "over by then");
+}
+
+/// A start of two steps: 20 s of imports and what else comes before the work, and 60 s of load.
+fn short_history() -> History {
+    let mut first = Progress::new(1, None);
+    first.observe(Fact::LoadBegin, None, 20_000);
+    first.ready(80_000);
+    first.history().expect("it became ready")
+}
+
+#[test]
+fn a_start_that_takes_much_longer_than_the_last_one_has_no_time_but_a_range() {
+    let past = short_history();
+    let mut progress = Progress::new(1, Some(&past));
     assert_eq!(progress.eta_seconds(5_000), Some(75));
-    assert_eq!(progress.eta_seconds(30_000), Some(60));
+    assert!(progress.eta_seconds(30_000).is_some_and(|s| (60..=76).contains(&s)), "late, and later a little late");
     assert_eq!(progress.eta_seconds(51_000), None);
+    progress.observe(Fact::ArgsResolved, None, 52_000);
+    assert_eq!(progress.eta_range_seconds(52_000), None, "it speaks: it goes on as the last one did");
+    assert!(progress.eta_seconds(52_000).is_some());
+    assert!(progress.eta_range_seconds(103_000).is_some());
+}
+
+#[test]
+fn no_earlier_start_is_one_that_ended_at_once_or_never() {
+    let mut progress = Progress::new(1, None);
+    progress.observe(Fact::LoadBegin, None, 20_000);
+    assert_eq!(progress.history(), None);
+    let mut progress = Progress::new(1, None);
+    progress.ready(0);
+    assert_eq!(progress.history(), None);
 }
 
 proptest::proptest! {

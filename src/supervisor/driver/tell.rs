@@ -12,6 +12,7 @@ impl Driver {
         let phase = self.loading.phase(&self.machine.state);
         let gpus = self.gpu_status();
         let in_the_way = self.room.in_the_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let slow = self.loading.slow(&self.machine.state);
         let facts = Facts {
             machine: &self.machine,
             config: &self.means.loaded.config,
@@ -20,6 +21,8 @@ impl Driver {
             phase: &phase,
             percent: self.loading.percent(&self.machine.state, self.weights.as_ref()),
             eta_seconds: self.loading.eta_seconds(&self.machine.state),
+            eta_range_seconds: self.loading.eta_range_seconds(&self.machine.state),
+            slow: &slow,
             cause: self.cause.as_ref(),
             stuck: &stuck,
             engine: self.engine.as_ref(),
@@ -45,7 +48,8 @@ impl Driver {
         let line = headline(&status);
         // The percentage moves four times a second; the log gets a line when something happens.
         let gist = format!(
-            "{}{}{}",
+            "{}{}{}{}",
+            status.slow,
             status.state.name(),
             status.phase.trim_end_matches(|c: char| c.is_ascii_digit() || "/ %".contains(c)),
             status.reason

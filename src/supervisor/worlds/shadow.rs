@@ -1,10 +1,8 @@
 //! What must hold whatever happens, told from outside: a second and much simpler account of who lives, who
 //! holds the GPUs and what was asked for, kept beside a machine and compared with it after every step.
 
-use super::super::report::public_state;
 use super::super::step::*;
 use super::name;
-use crate::link::Gate;
 
 /// Two environments of one shadow are honest in the same way: a tree is reported empty only after SIGKILL,
 /// GPUs only after they were asked for.
@@ -96,10 +94,6 @@ impl Shadow {
             self.asked(*action, event, after)?;
         }
         let serving = matches!(after.state, State::Ready | State::Busy);
-        let gate = public_state(after, false).gate();
-        if (gate == Gate::Open) != serving {
-            return Err(format!("the gate is {gate:?} in {}", name(&after.state)));
-        }
         if serving && (self.engine != Engine::Proven || self.stops > 0) {
             return Err(format!(
                 "traffic in {} towards {:?} after {} stops",
