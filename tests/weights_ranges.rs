@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use sglangd::simulate::hub::{Route, What, Which};
+use sglangd::simulate::hub::{Options, Route, What, Which, XetStore};
 use sglangd::simulate::model::{ModelFile, demo};
 use sglangd::weights::{Request, Settings, Tuning};
 use tokio::time::Instant;
@@ -72,6 +72,28 @@ async fn h09_ranges_that_were_on_their_way_at_a_kill_lose_no_more_than_4_mib_a_c
     let again = (before + site.hub.sent()).saturating_sub((48 << 20) + 2);
     assert!(again <= 4 * LOST_BY_A_KILL, "{} KiB fetched again", again >> 10);
     assert!(site.hub.sent() < 40 << 20, "begun anew");
+}
+
+/// A store that refuses connections, and one to which the hub gives no right.
+#[tokio::test]
+async fn h04_a_xet_store_that_gives_nothing_is_left_alone_for_plain_http() {
+    let files = one_shard(5 << 20);
+    let closed = listener();
+    let gone = format!("http://{}", closed.local_addr().unwrap());
+    drop(closed);
+    for url in [gone.as_str(), "no address"] {
+        let known = [("model.safetensors".to_owned(), "5c".repeat(32))].into();
+        let xet = Some(XetStore { url: url.to_owned(), files: known });
+        let site = Site::with(files.clone(), Options { xet, ..Options::default() }).await;
+        let snapshot = site.fetch_impatiently().await.unwrap();
+        site.assert_right(&snapshot.path, &files);
+        site.assert_no_leftovers();
+        assert!(asked_of_the_hub(&site, "model.safetensors") >= 1, "{url}: nothing came by plain HTTP");
+        assert!(
+            site.hub.seen().iter().any(|s| s.target.contains("xet-read-token")),
+            "{url}: the store was never tried"
+        );
+    }
 }
 
 #[tokio::test]

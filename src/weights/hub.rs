@@ -49,6 +49,16 @@ pub enum Fault {
     Fatal(FetchError),
 }
 
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Again { cause, .. } => f.write_str(cause),
+            Self::RangeIgnored => f.write_str("the server ignores ranges"),
+            Self::Fatal(error) => error.fmt(f),
+        }
+    }
+}
+
 /// Whom a fault concerns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {

@@ -45,6 +45,17 @@ const IGNORED_RANGES: u32 = 2;
 /// same limit) and hands out bytes block by block.
 const XET_STALLS: u32 = 4;
 
+/// Attempts in a row that bring nothing from the xet store before it is left alone.
+const XET_FRUITLESS: u32 = 2;
+
+/// Where a piece comes from.
+#[derive(Clone, Copy)]
+enum Way<'a> {
+    Http,
+    /// The store's name for the file.
+    Xet(&'a str),
+}
+
 /// All that the files of one repository share.
 #[derive(Debug)]
 pub struct Repo {
@@ -267,13 +278,22 @@ impl Work {
                 }
                 self.repo.board.hub_open().await;
                 attempts.made += 1;
-                let fault = match self.open(writer.at()..piece.end).await {
-                    Ok(stream) => self.pump(&mut writer, piece.end, stream).await.map_err(disk)?.err(),
+                let way = self.way();
+                let fault = match self.open(way, writer.at()..piece.end).await {
+                    Ok(stream) => self.pump(way, &mut writer, piece.end, stream).await.map_err(disk)?.err(),
                     Err(fault) => Some(fault),
                 };
                 // A whole file asked for again gains only what the earlier attempts did not have.
                 let gained = writer.at() > best;
                 best = best.max(writer.at());
+                // What is there stays: the same bytes come by plain HTTP.
+                if let (Way::Xet(_), Some(fault)) = (way, &fault)
+                    && (attempts.fruitless >= XET_FRUITLESS || matches!(fault, Fault::Fatal(_)))
+                {
+                    self.repo.xet.give_up(&self.repo.id, &fault.to_string());
+                    attempts.fruitless = 0;
+                    continue;
+                }
                 match fault {
                     None => {}
                     Some(Fault::Fatal(error)) => return Err(error),
@@ -291,19 +311,32 @@ impl Work {
         Ok(())
     }
 
-    async fn open(&self, range: Range<u64>) -> Result<ByteStream, Fault> {
-        let Repo { id, commit, hub, xet, .. } = &*self.repo;
+    fn way(&self) -> Way<'_> {
         match &self.file.transport {
-            Transport::Http => hub.open(id, commit, &self.file, &self.found, range, self.ask).await,
-            Transport::Xet { hash } => xet.open(hub, id, commit, hash, self.file.size, range).await,
+            Transport::Xet { hash } if self.repo.xet.is_of_use() => Way::Xet(hash),
+            Transport::Xet { .. } | Transport::Http => Way::Http,
+        }
+    }
+
+    async fn open(&self, way: Way<'_>, range: Range<u64>) -> Result<ByteStream, Fault> {
+        let Repo { id, commit, hub, xet, .. } = &*self.repo;
+        match way {
+            Way::Http => hub.open(id, commit, &self.file, &self.found, range, self.ask).await,
+            Way::Xet(hash) => xet.open(hub, id, commit, hash, self.file.size, range).await,
         }
     }
 
     /// Moves bytes from the network to the disk up to `end`, or until the stream ends, breaks or stalls.
-    async fn pump(&self, writer: &mut Writer, end: u64, mut stream: ByteStream) -> std::io::Result<Result<(), Fault>> {
-        let stall = match self.file.transport {
-            Transport::Http => self.repo.settings.patience.stall,
-            Transport::Xet { .. } => self.repo.settings.patience.stall * XET_STALLS,
+    async fn pump(
+        &self,
+        way: Way<'_>,
+        writer: &mut Writer,
+        end: u64,
+        mut stream: ByteStream,
+    ) -> std::io::Result<Result<(), Fault>> {
+        let stall = match way {
+            Way::Http => self.repo.settings.patience.stall,
+            Way::Xet(_) => self.repo.settings.patience.stall * XET_STALLS,
         };
         loop {
             let left = end - writer.at();

@@ -3,6 +3,8 @@
 //! is `transfer`'s, the same as for plain files: resuming, stalls, patience, the whole file's hash.
 
 use std::ops::Range;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -27,7 +29,10 @@ const SMALLEST_MEMORY: u64 = 128 << 20;
 
 /// The store as one repository sees it.
 #[derive(Default)]
-pub struct Xet(Mutex<Option<Open>>);
+pub struct Xet {
+    open: Mutex<Option<Open>>,
+    given_up: AtomicBool,
+}
 
 struct Open {
     group: XetDownloadStreamGroup,
@@ -51,6 +56,18 @@ impl std::fmt::Debug for Xet {
 }
 
 impl Xet {
+    /// Whether files are to be had from the store; by plain HTTP the hub gives the same bytes.
+    pub fn is_of_use(&self) -> bool {
+        !self.given_up.load(Relaxed)
+    }
+
+    /// The store gave nothing: for the rest of this fetch its files come by plain HTTP.
+    pub fn give_up(&self, repo: &str, why: &str) {
+        if !self.given_up.swap(true, Relaxed) {
+            tracing::warn!(%repo, %why, "the hub's xet store gives nothing: fetching by plain HTTP");
+        }
+    }
+
     /// These bytes of the file that the store knows as `hash`.
     pub async fn open(
         &self,
@@ -68,7 +85,7 @@ impl Xet {
             Ok(opened) => opened,
             Err(error) => {
                 // A right that is refused, a group that an error closed: begin with a new one.
-                *self.0.lock().await = None;
+                *self.open.lock().await = None;
                 return Err(fault(&error));
             }
         };
@@ -80,7 +97,7 @@ impl Xet {
     }
 
     async fn group(&self, hub: &Hub, repo: &str, commit: &str) -> Result<XetDownloadStreamGroup, Fault> {
-        let mut open = self.0.lock().await;
+        let mut open = self.open.lock().await;
         if let Some(open) = open.as_ref().filter(|open| {
             u64::try_from(jiff::Timestamp::now().as_second()).is_ok_and(|now| open.until > now + SOON.as_secs())
         }) {
