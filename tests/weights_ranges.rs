@@ -44,7 +44,7 @@ fn asked_of_the_hub(site: &Site, file: &str) -> usize {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h13_one_large_file_comes_in_ranges_over_several_connections() {
     let files = one_shard(40 << 20);
-    let site = Site::with(files.clone(), Default::default()).await;
+    let site = Site::with(files.clone(), Options::default()).await;
     let snapshot = site.fetch().await.unwrap();
     site.assert_right(&snapshot.path, &files);
     site.assert_no_leftovers();
@@ -154,13 +154,13 @@ async fn h03_a_503_with_retry_after_holds_all_connections_as_long_as_it_says() {
 #[tokio::test]
 async fn h04_an_address_is_asked_for_once_and_again_when_it_ran_out() {
     let files = one_shard(40 << 20);
-    let site = Site::with(files.clone(), Default::default()).await;
+    let site = Site::with(files.clone(), Options::default()).await;
     site.fetch().await.unwrap();
     // Each of the first connections may ask before another one knows.
     let asked = asked_of_the_hub(&site, "model.safetensors");
     assert!((1..=5).contains(&asked), "{asked} times for five ranges");
 
-    let site = Site::with(files.clone(), Default::default()).await;
+    let site = Site::with(files.clone(), Options::default()).await;
     let request = site.request();
     let alone = Settings { connections: 1, ..site.settings(&request) };
     let expired = What::Refuse { status: 403, retry_after: None, code: None };
@@ -196,7 +196,7 @@ async fn h13_thousands_of_small_files_are_never_all_at_once_in_the_report() {
     let mut files = one_shard(1 << 20);
     let text: Vec<&'static str> = (0..1500).map(|n| &*Box::leak(format!("{{\"n\": {n}}}").into_boxed_str())).collect();
     files.extend(text.iter().enumerate().map(|(n, text)| text_file(&format!("part-{n}.json"), text)));
-    let site = Site::with(files.clone(), Default::default()).await;
+    let site = Site::with(files.clone(), Options::default()).await;
     let request = site.request();
     let (ended, progress) = fetch_watched(&request, &site.settings(&request)).await;
     let snapshot = ended.unwrap().remove(0);
