@@ -395,7 +395,7 @@ def step_start(world, label="cold"):
         word = (status.get("state"), re.sub(r"[\d/%. ]+$", "", status.get("phase") or ""))
         sample = {"at": at, "state": word[0], "phase": status.get("phase"), "percent": percent,
                   "eta": status.get("eta_seconds"),
-                  "range": [status.get("eta_low_seconds"), status.get("eta_high_seconds")]}
+                  "range": status.get("eta_range_seconds"), "slow": status.get("slow")}
         if not seen or seen[-1]["word"] != word or at - seen[-1]["at"] >= 10:
             seen.append({**sample, "word": word})
 
@@ -570,7 +570,7 @@ def step_hang(world):
     world.ready()
     bundles = sorted(str(p.relative_to(world.home)) for p in (world.home / "state").rglob("*") if "bundle" in str(p))[:12]
     world.say(f"{victim['command'].split()[0]} stopped", suspected_ms=suspected, acted_ms=acted, reason=reason,
-              launched_again_ms=launched, ready_again_ms=ms(since), said_meanwhile=named_as.get("warnings"),
+              launched_again_ms=launched, ready_again_ms=ms(since), said_meanwhile=named_as.get("engine", {}).get("suspicion"),
               last_exit=status.get("engine", {}).get("last_exit"), bundles=bundles, streams=streams.over())
 
 
