@@ -90,7 +90,7 @@ def processes():
 def ours(world):
     """Every live process of this scenario but this script: the mark of the run is in its environment, or was
     until the process wrote its title over it, as the engine's ranks do."""
-    mark = f"SGLANGD_SCENARIO={world.mark}".encode()
+    mark = f"SCENARIO_RUN={world.mark}".encode()
     found = []
     for process in processes():
         if process["state"] == "Z" or process["pid"] == os.getpid():
@@ -177,7 +177,7 @@ class World:
 
     def serve(self, *more):
         self.log = open(self.out / "sglangd.log", "ab")
-        env = dict(os.environ, SGLANGD_SCENARIO=self.mark, NO_COLOR="1")
+        env = dict(os.environ, SCENARIO_RUN=self.mark, NO_COLOR="1")
         argv = self.argv("serve", "--listen", f"127.0.0.1:{PUBLIC}", "--admin", f"127.0.0.1:{ADMIN}",
                          "--runtime-dir", str(self.home / "run"), "--state-dir", str(self.home / "state"), *more)
         self.daemon = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
@@ -432,7 +432,7 @@ def step_load(world):
     relay = None
     if world.args.relay:
         relay = subprocess.Popen([world.args.relay, str(RELAY), str(port)],
-                                 env=dict(os.environ, SGLANGD_SCENARIO=world.mark))
+                                 env=dict(os.environ, SCENARIO_RUN=world.mark))
         ways["relay"] = (RELAY, key)
     try:
         run_load(port, key, world.args.streams, 64)
@@ -575,31 +575,36 @@ def step_hang(world):
 
 
 def step_orphans(world):
-    """5b: SIGKILL of the supervisor, while serving and while the ranks import."""
-    for label in ("serving", "importing"):
-        if label == "importing":
-            world.serve()
-            until("children import", 240, lambda: len(named(world, "multiprocessing.spawn")) >= world.args.tp
-                  and not named(world, "sglang::"), every=0.01)
+    """5b: SIGKILL of the supervisor while it serves."""
+    since = now()
+    world.daemon.kill()
+    world.daemon.wait()
+    times = world.all_gone(since)
+    world.check_gone("supervisor killed, serving", times)
+    world.say("supervisor killed, serving", **times)
+
+
+def step_importing(world):
+    """5b, 6: SIGKILL of the supervisor, and SIGTERM to it, while the engine's children import."""
+    for label, name in (("supervisor killed", signal.SIGKILL), ("stop", signal.SIGTERM)):
+        world.serve()
+        until("children import", 120, lambda: len(named(world, "multiprocessing.spawn")) >= world.args.tp
+              and not named(world, "sglang::"), every=0.01)
+        children = len(ours(world))
         since = now()
-        world.daemon.kill()
-        world.daemon.wait()
+        world.daemon.send_signal(name)
         times = world.all_gone(since)
-        world.check_gone(f"supervisor killed, {label}", times)
-        world.say(f"supervisor killed, {label}", **times)
+        world.daemon.wait(30)
+        world.check_gone(f"{label}, importing", times)
+        world.say(f"{label}, importing", processes_before=children, **times)
 
 
 def step_stopload(world):
-    """6: SIGTERM under load, and while the ranks import."""
+    """6: SIGTERM under load."""
     streams = under_load(world)
     stopped = world.stop()
     world.check_gone("stop under load", stopped)
     world.say("stop under load", **stopped, streams=streams.over())
-    world.serve()
-    until("children import", 240, lambda: len(named(world, "multiprocessing.spawn")) >= world.args.tp, every=0.01)
-    stopped = world.stop()
-    world.check_gone("stop while importing", stopped)
-    world.say("stop while importing", **stopped)
 
 
 def step_stop(world):
