@@ -255,7 +255,7 @@ async fn j15_a_runtime_that_gives_less_than_the_grace_cuts_it_and_leaves_nothing
         .json(&serde_json::json!({
             "model": "small",
             "messages": [{"role": "user", "content": "hi"}],
-            "max_tokens": 100_000,
+            "max_tokens": 20_000,
             "ignore_eos": true,
             "stream": true,
         }))
