@@ -36,3 +36,4 @@ mod weights_care;
 mod weights_faults;
 mod weights_ranges;
 mod weights_start;
+mod weights_xet;

@@ -12,3 +12,4 @@ pub mod hub;
 pub mod pki;
 pub mod processes;
 pub mod scene;
+pub mod xet;
