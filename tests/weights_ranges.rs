@@ -74,6 +74,24 @@ async fn h09_ranges_that_were_on_their_way_at_a_kill_lose_no_more_than_4_mib_a_c
     assert!(site.hub.sent() < 40 << 20, "begun anew");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h04_a_range_of_another_content_is_not_put_beside_the_first() {
+    let files = one_shard(20 << 20);
+    let site = Site::with(files.clone(), Options::default()).await;
+    // The first piece comes as one content's, and when the second is asked for another one lies there.
+    site.misbehave_about("model.safetensors", Which::First(1), What::Etag("the first one's"));
+    let request = site.request();
+    let settings = Settings { connections: 1, ..site.settings(&request) };
+    let snapshot = fetch_with(&request, &settings).await.unwrap().remove(0);
+    site.assert_right(&snapshot.path, &files);
+    let seen = site.hub.seen();
+    let conditions: Vec<_> =
+        seen.iter().filter(|s| s.route == Some(Route::Cdn)).map(|s| s.if_range.as_deref()).collect();
+    assert_eq!(conditions, [None, Some("\"the first one's\""), None], "asked anew, without a condition, at once");
+    assert_eq!(asked_of_the_hub(&site, "model.safetensors"), 2);
+    assert!(seen.iter().filter(|s| s.route == Some(Route::Cdn)).all(|s| s.range.is_some()), "begun anew: {seen:?}");
+}
+
 /// A store that refuses connections, and one to which the hub gives no right.
 #[tokio::test]
 async fn h04_a_xet_store_that_gives_nothing_is_left_alone_for_plain_http() {

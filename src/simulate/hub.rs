@@ -134,6 +134,8 @@ pub enum What {
     Longer(u64),
     /// 200 and the whole file where a range was asked.
     IgnoreRange,
+    /// The right bytes, as those of a content with this strong ETag.
+    Etag(&'static str),
     /// 206, the right length, other bytes: those from the file's beginning.
     WrongRange,
     Redirect(String),
@@ -146,6 +148,7 @@ pub struct Seen {
     /// Path and query.
     pub target: String,
     pub range: Option<String>,
+    pub if_range: Option<String>,
     /// What the Authorization header said.
     pub authorization: Option<String>,
     pub route: Option<Route>,

@@ -37,6 +37,7 @@ pub(super) async fn answer(request: &Request<Incoming>, state: &Arc<State>) -> R
         method: request.method().to_string(),
         target: request.uri().to_string(),
         range: header("range"),
+        if_range: header("if-range"),
         authorization: header("authorization"),
         route,
         at: tokio::time::Instant::now(),
@@ -261,9 +262,15 @@ async fn content(
     file: ModelFile,
     fault: Option<What>,
 ) -> Response<Body> {
-    let etag = hash(&file).await;
-    let header = request.headers().get("range").and_then(|value| value.to_str().ok());
-    let asked = header.filter(|_| fault != Some(What::IgnoreRange)).map(|text| range(text, file.size));
+    let hash = hash(&file).await;
+    let etag = match fault {
+        Some(What::Etag(other)) => other,
+        _ => hash.as_str(),
+    };
+    let header = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
+    // RFC 9110, 13.1.5: another content than the one that the client has a part of is sent whole.
+    let same = header("if-range").is_none_or(|wanted| wanted.trim_matches('"') == etag);
+    let asked = header("range").filter(|_| same && fault != Some(What::IgnoreRange)).map(|text| range(text, file.size));
     let (status, from, to) = match asked {
         None => (StatusCode::OK, 0, file.size),
         Some(Some((from, to))) => (StatusCode::PARTIAL_CONTENT, from, to),
