@@ -20,9 +20,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::error::FetchError;
+use super::left::{Paths, left};
 use super::name;
 use super::plan::{Hash, Present, RemoteFile};
-use super::write::{self, Paths};
 
 /// Whether the cache may be written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,7 +147,7 @@ impl RepoCache {
                 return Present::Whole(meta.len());
             }
         }
-        write::left(&self.growing(&file.hash), file.size).map_or(Present::No, Present::Part)
+        left(&self.growing(&file.hash), file.size).map_or(Present::No, Present::Part)
     }
 
     /// Where the bytes of a file that is there are: the snapshot's, else the blob's.

@@ -12,7 +12,8 @@ use reqwest::header::{
 use reqwest::{Response, StatusCode, Url};
 
 use super::error::FetchError;
-use super::hub::{ByteStream, Fault, Hub, refuse_hop, without_query};
+use super::hops::{refuse_hop, without_query};
+use super::hub::{ByteStream, Fault, Hub};
 use super::plan::RemoteFile;
 
 /// Where a file's bytes were found last. Several connections share it.
@@ -63,10 +64,14 @@ impl Hub {
     ) -> Result<ByteStream, Fault> {
         if let Some(place) = found.get() {
             let answer = self.get(&place.url, file, &range, ask, place.etag.as_ref()).await?;
-            if !ran_out(answer.status()) {
+            let status = answer.status();
+            // The whole in answer to `If-Range`: what lies there is another content than that of the first range.
+            let changed =
+                status == StatusCode::OK && ask == Ask::Range && place.etag.is_some() && range != (0..file.size);
+            if !ran_out(status) && !changed {
                 return self.body(repo, commit, file, found, answer, &range);
             }
-            tracing::debug!(file = %file.name, status = %answer.status(), "the address ran out: asking the hub for a new one");
+            tracing::debug!(file = %file.name, %status, changed, "the address is of no use any more: asking the hub for a new one");
             found.forget();
         }
         let answer = self.resolve_file(repo, commit, file, &range, ask).await?;

@@ -5,7 +5,6 @@
 //! API, which calls it `lfs.oid`, so its listing has no hash to verify against, and it follows a `Link` to any host
 //! with the token) and for the bytes (it drops the headers of refusals and does not tell 200 from 206).
 
-use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -14,17 +13,17 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use hf_hub::{HFClient, HFError, split_id};
 use reqwest::header::{ACCEPT, HeaderMap, LINK, RETRY_AFTER};
-use reqwest::redirect::{Attempt, Policy};
+use reqwest::redirect::Policy;
 use reqwest::{StatusCode, Url};
 use serde::Deserialize;
 
 use super::error::FetchError;
+use super::hops::{follow, is_loopback, without_query};
 use super::name;
-use super::plan::{Hash, RemoteFile, Transport};
+use super::plan::RemoteFile;
 use super::settings::Settings;
+use super::tree::{TreeEntry, next_link};
 
-/// Hops of one request. Browsers take 20, the hub needs 2.
-const REDIRECTS: usize = 10;
 /// A connection that is not there after this is not coming; the next attempt may get another address.
 const CONNECT: Duration = Duration::from_secs(10);
 /// One page of a listing: 1000 entries of some hundred bytes each.
@@ -154,6 +153,25 @@ impl Hub {
                 cause: format!("{other:?} is no commit for {revision}"),
             })),
         }
+    }
+
+    /// Whether `revision` is this commit still: one small request, where nothing may be to do. hf-hub would read the
+    /// machine's certificates twice for it (11 ms), into a client of its own that is never used.
+    pub async fn is_still(&self, repo: &str, revision: &str, commit: &str) -> Result<bool, Fault> {
+        #[derive(Deserialize)]
+        struct Info {
+            sha: Option<String>,
+        }
+        let mut url = self.endpoint.clone();
+        {
+            let bad = |()| Fault::again(format!("{} is no base of addresses", self.endpoint));
+            let mut path = url.path_segments_mut().map_err(bad)?;
+            path.pop_if_empty().extend(["api", "models"]).extend(repo.split('/')).extend(["revision", revision]);
+        }
+        url.set_query(Some("expand=sha"));
+        let (page, _) = self.in_time(self.page(repo, revision, url)).await??;
+        let info: Result<Info, _> = serde_json::from_slice(&page);
+        Ok(info.is_ok_and(|info| info.sha.as_deref() == Some(commit)))
     }
 
     /// All files of a commit, page by page.
@@ -325,58 +343,6 @@ fn retry_after(headers: &HeaderMap, now: jiff::Timestamp) -> Option<Duration> {
     Some(Duration::try_from(at.duration_since(now)).unwrap_or(Duration::ZERO))
 }
 
-/// Where a redirect may lead. reqwest itself drops the token when host or port change.
-fn follow(attempt: Attempt<'_>, hub_is_local: bool) -> reqwest::redirect::Action {
-    // The first one is what was asked.
-    if !attempt.previous().first().is_some_and(|asked| asked.path().contains("/api/models/")) {
-        return attempt.stop();
-    }
-    let from = attempt.previous().last().cloned();
-    match refuse_hop(from.as_ref(), attempt.url(), attempt.previous().len(), hub_is_local) {
-        Some(why) => attempt.error(why),
-        None => attempt.follow(),
-    }
-}
-
-pub(super) fn refuse_hop(from: Option<&Url>, to: &Url, hops: usize, hub_is_local: bool) -> Option<String> {
-    if hops > REDIRECTS {
-        return Some(format!("more than {REDIRECTS} redirects"));
-    }
-    let to_shown = without_query(to.as_str());
-    match to.scheme() {
-        "https" => {}
-        "http" if from.is_some_and(|from| from.scheme() == "http") => {}
-        _ => return Some(format!("{to_shown} is not as safe as where it came from")),
-    }
-    // Metadata services of clouds answer on link-local addresses, and hand out the machine's credentials.
-    if address(to).is_some_and(|ip| is_link_local(ip) || ip.is_unspecified() || ip.is_multicast()) {
-        return Some(format!("{to_shown} is an address no hub has"));
-    }
-    (is_loopback(to) && !hub_is_local).then(|| format!("{to_shown} is this machine, and the hub is not"))
-}
-
-fn address(url: &Url) -> Option<IpAddr> {
-    let host = url.host_str()?;
-    let ip: IpAddr = host.trim_start_matches('[').trim_end_matches(']').parse().ok()?;
-    Some(ip.to_canonical())
-}
-
-fn is_link_local(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => ip.is_link_local(),
-        IpAddr::V6(ip) => ip.is_unicast_link_local(),
-    }
-}
-
-fn is_loopback(url: &Url) -> bool {
-    url.host_str() == Some("localhost") || address(url).is_some_and(|ip| ip.is_loopback())
-}
-
-/// Signed URLs carry their right of access in the query.
-pub(super) fn without_query(url: &str) -> String {
-    url.split(['?', '#']).next().unwrap_or(url).to_owned()
-}
-
 /// An error with its causes: reqwest alone says "error sending request".
 fn chain(error: &reqwest::Error) -> String {
     let mut causes = Vec::new();
@@ -392,74 +358,9 @@ fn chain(error: &reqwest::Error) -> String {
     }
 }
 
-/// The `rel="next"` of a `Link` header.
-fn next_link(header: &str) -> Option<String> {
-    header.split(',').find_map(|part| {
-        let (url, rest) = part.trim().strip_prefix('<')?.split_once('>')?;
-        rest.split(';').any(|p| matches!(p.trim(), "rel=\"next\"" | "rel=next")).then(|| url.to_owned())
-    })
-}
-
-/// One entry of the tree API.
-#[derive(Deserialize)]
-struct TreeEntry {
-    #[serde(rename = "type")]
-    kind: String,
-    #[serde(default)]
-    oid: String,
-    #[serde(default)]
-    size: u64,
-    path: String,
-    lfs: Option<TreeLfs>,
-    #[serde(rename = "xetHash")]
-    xet_hash: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct TreeLfs {
-    #[serde(alias = "sha256")]
-    oid: String,
-    size: u64,
-}
-
-impl TreeEntry {
-    fn into_file(self) -> Result<RemoteFile, String> {
-        let (oid, size) = self.lfs.map_or((self.oid, self.size), |lfs| (lfs.oid, lfs.size));
-        // It becomes a file's name; anything but a hash could be a path.
-        let hash = Hash::from_hex(&oid).ok_or_else(|| format!("{oid:?}, the hash of {:?}, is no hash", self.path))?;
-        let transport = self.xet_hash.map_or(Transport::Http, |hash| Transport::Xet { hash });
-        Ok(RemoteFile { name: self.path, size, hash, transport })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn hop(from: &str, to: &str) -> Option<String> {
-        refuse_hop(Some(&from.parse().unwrap()), &to.parse().unwrap(), 1, false)
-    }
-
-    #[test]
-    fn h05_redirects_lead_only_where_a_hub_may_lead() {
-        assert_eq!(hop("https://hub.example/a", "https://cdn.example/b?sig=1"), None);
-        assert_eq!(hop("http://mirror.example/a", "http://cdn.example/b"), None);
-        assert!(hop("https://hub.example/a", "http://cdn.example/b").is_some(), "downgrade");
-        assert!(hop("https://hub.example/a", "file:///etc/passwd").is_some());
-        assert!(hop("http://hub.example/a", "http://169.254.169.254/latest/meta-data").is_some());
-        assert!(hop("http://hub.example/a", "http://[::ffff:169.254.169.254]/").is_some(), "mapped");
-        assert!(hop("http://hub.example/a", "http://[fe80::1]/").is_some());
-        assert!(hop("http://hub.example/a", "http://127.0.0.1:8001/metrics").is_some());
-        let url: Url = "https://hub.example/a".parse().unwrap();
-        assert!(refuse_hop(Some(&url), &url, REDIRECTS + 1, false).is_some());
-    }
-
-    #[test]
-    fn a_listing_whose_hashes_are_paths_is_refused() {
-        let entry: TreeEntry =
-            serde_json::from_str(r#"{"type":"file","oid":"../../../x","size":1,"path":"a.json"}"#).unwrap();
-        assert!(entry.into_file().is_err());
-    }
 
     #[test]
     fn h03_retry_after_is_read_in_seconds_and_as_a_date() {
@@ -469,12 +370,5 @@ mod tests {
         assert_eq!(read("Wed, 25 Nov 2026 12:01:30 GMT"), Some(Duration::from_secs(90)));
         assert_eq!(read("Wed, 25 Nov 2026 11:00:00 GMT"), Some(Duration::ZERO));
         assert_eq!(read("soon"), None);
-    }
-
-    #[test]
-    fn the_next_page_is_found_among_links() {
-        assert_eq!(next_link(r#"<https://h/a?cursor=x>; rel="next""#).as_deref(), Some("https://h/a?cursor=x"));
-        assert_eq!(next_link(r#"<https://h/p>; rel="prev", </q>; rel="next""#).as_deref(), Some("/q"));
-        assert_eq!(next_link(r#"<https://h/p>; rel="prev""#), None);
     }
 }

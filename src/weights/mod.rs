@@ -2,7 +2,7 @@
 //! the standard Hugging Face cache.
 //!
 //! Three steps, each a file or two: the **plan** ([`plan`], pure: which files, what is there, how many
-//! bytes), the **fetch** (`fetch`, `transfer`, `write`: ranges into `.incomplete` blobs, resumed after any kill by their
+//! bytes), the **fetch** (`fetch`, `transfer`, `lane`, `write`: ranges into `.incomplete` blobs, resumed after any kill by their
 //! `journal`, renamed when they are whole), the **verification** (`verify`: size and hash of every file against the
 //! hub's). A marker in the cache makes the next start instant.
 //!
@@ -16,19 +16,24 @@
 //! ```
 
 pub mod ahead;
+mod behind;
 mod board;
 mod cache;
 mod content;
 mod error;
 mod fetch;
 mod hold;
+mod hops;
 mod hub;
 pub mod inventory;
 mod journal;
+mod lane;
+mod left;
 mod local;
 mod lock;
 pub mod name;
 pub mod plan;
+mod prepare;
 pub mod progress;
 pub mod prune;
 mod ranges;
@@ -37,9 +42,11 @@ pub mod room;
 mod settings;
 mod space;
 mod transfer;
+mod tree;
 mod uses;
 mod verify;
 mod write;
+mod writer;
 mod xet;
 
 use std::num::{NonZeroU16, NonZeroU64};
@@ -52,8 +59,9 @@ use crate::config::{self, Config, Download, IoPriority, ModelSource};
 pub use cache::Access;
 use cache::RepoCache;
 pub use error::{FetchError, Retry, bytes};
-pub use fetch::{PlannedRepo, fetch, prepare};
+pub use fetch::fetch;
 pub use hold::Hold;
+pub use prepare::{PlannedRepo, prepare};
 pub use progress::{Pace, Progress, Snapshot};
 pub use settings::{CONNECTIONS, Network, Patience, Settings, Token};
 pub use space::Space;

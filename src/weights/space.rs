@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::error::FetchError;
-use super::fetch::PlannedRepo;
+use super::prepare::PlannedRepo;
 use super::settings::Settings;
 
 /// Room that is left free beside the bytes to fetch: folders, refs, the marker, other writers.

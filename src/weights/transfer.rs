@@ -1,5 +1,5 @@
-//! One file from the hub into its blob: pieces of it over as many connections as are free, each piece attempt after
-//! attempt where the last one broke, until the bytes are right or patience ends. Decides nothing about which files.
+//! One file from the hub into its blob: pieces of it over as many connections as are free, each a `lane`, until the bytes
+//! are right or patience ends. Decides nothing about which files.
 //!
 //! ```text
 //! bring ─► lock ─► there and right? ─► done
@@ -8,29 +8,27 @@
 //!                                       └──────────────── arrived wrong: anew ◄──────────────┘
 //! ```
 
-use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use rand::Rng;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
 
 use super::board::{Board, Slot};
 use super::cache::RepoCache;
 use super::content::{Ask, Found};
 use super::error::FetchError;
-use super::hub::{ByteStream, Fault, Hub, Scope};
+use super::hub::Hub;
+use super::lane::Work;
 use super::lock;
 use super::plan::{RemoteFile, Transport};
 use super::ranges::{Pieces, Ranges};
 use super::rate::Rate;
 use super::settings::Settings;
 use super::verify;
-use super::write::{Finished, Partial, Writer};
+use super::write::{Finished, Partial};
 use super::xet::Xet;
 
 /// One request's bytes: large enough that its round trip is nothing, small enough that several connections finish a
@@ -39,22 +37,6 @@ const SMALLEST_PIECE: u64 = 8 << 20;
 const LARGEST_PIECE: u64 = 64 << 20;
 /// xet fetches in parallel within a stream, and asks for the plan of each anew.
 const XET_PIECE: u64 = 1 << 30;
-/// Answers without the range asked for, before the whole file is asked for. One may be a cache's mistake.
-const IGNORED_RANGES: u32 = 2;
-/// Longest stand-still of a xet stream, in stalls of one connection: xet watches its connections itself (each by the
-/// same limit) and hands out bytes block by block.
-const XET_STALLS: u32 = 4;
-
-/// Attempts in a row that bring nothing from the xet store before it is left alone.
-const XET_FRUITLESS: u32 = 2;
-
-/// Where a piece comes from.
-#[derive(Clone, Copy)]
-enum Way<'a> {
-    Http,
-    /// The store's name for the file.
-    Xet(&'a str),
-}
 
 /// All that the files of one repository share.
 #[derive(Debug)]
@@ -69,27 +51,6 @@ pub struct Repo {
     pub rate: Arc<Rate>,
     /// One for each connection.
     pub places: Arc<Semaphore>,
-}
-
-/// One file while its bytes come.
-#[derive(Debug)]
-struct Work {
-    repo: Arc<Repo>,
-    file: RemoteFile,
-    slot: Slot,
-    partial: Arc<Partial>,
-    pieces: Mutex<Pieces>,
-    ask: Ask,
-    found: Arc<Found>,
-    ignored: AtomicU32,
-}
-
-/// Why the last attempt did not do, for the message at the end.
-#[derive(Debug)]
-struct Attempts {
-    fruitless: u32,
-    made: u32,
-    scope: Scope,
 }
 
 impl Repo {
@@ -244,163 +205,6 @@ impl Repo {
     }
 }
 
-impl Work {
-    fn take(&self) -> Option<Range<u64>> {
-        self.pieces.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
-    fn has_more(&self) -> bool {
-        !self.pieces.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
-    }
-
-    fn gives_up_ranges(&self) -> bool {
-        self.ignored.load(Ordering::Relaxed) >= IGNORED_RANGES
-    }
-
-    /// One connection: piece after piece, until none is left.
-    async fn lane(self: Arc<Self>, _place: OwnedSemaphorePermit) -> Result<(), FetchError> {
-        let path = self.repo.cache.growing(&self.file.hash).data;
-        let disk = |source| FetchError::disk(&path, &self.file.name, source);
-        let mut attempts = Attempts { fruitless: 0, made: 0, scope: Scope::Stream };
-        while let Some(piece) = self.take() {
-            let mut best = piece.start;
-            let mut writer = self.partial.writer(piece.start).map_err(disk)?;
-            while writer.at() < piece.end {
-                if self.ask == Ask::Range && self.gives_up_ranges() {
-                    return Ok(());
-                }
-                if self.ask == Ask::Whole {
-                    drop(writer);
-                    let partial = self.partial.clone();
-                    off_runtime(move || partial.restart()).await.map_err(disk)?;
-                    self.slot.set(0);
-                    writer = self.partial.writer(0).map_err(disk)?;
-                }
-                self.repo.board.hub_open().await;
-                attempts.made += 1;
-                let way = self.way();
-                let fault = match self.open(way, writer.at()..piece.end).await {
-                    Ok(stream) => self.pump(way, &mut writer, piece.end, stream).await.map_err(disk)?.err(),
-                    Err(fault) => Some(fault),
-                };
-                // A whole file asked for again gains only what the earlier attempts did not have.
-                let gained = writer.at() > best;
-                best = best.max(writer.at());
-                // What is there stays: the same bytes come by plain HTTP.
-                if let (Way::Xet(_), Some(fault)) = (way, &fault)
-                    && (attempts.fruitless >= XET_FRUITLESS || matches!(fault, Fault::Fatal(_)))
-                {
-                    self.repo.xet.give_up(&self.repo.id, &fault.to_string());
-                    attempts.fruitless = 0;
-                    continue;
-                }
-                match fault {
-                    None => {}
-                    Some(Fault::Fatal(error)) => return Err(error),
-                    Some(Fault::RangeIgnored) => {
-                        self.ignored.fetch_add(1, Ordering::Relaxed);
-                    }
-                    Some(Fault::Again { cause, after, scope }) => {
-                        attempts.scope = scope;
-                        tracing::debug!(file = %self.file.name, at = writer.at(), %cause, "broken off");
-                        self.wait(&mut attempts, gained, cause, after).await?;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn way(&self) -> Way<'_> {
-        match &self.file.transport {
-            Transport::Xet { hash } if self.repo.xet.is_of_use() => Way::Xet(hash),
-            Transport::Xet { .. } | Transport::Http => Way::Http,
-        }
-    }
-
-    async fn open(&self, way: Way<'_>, range: Range<u64>) -> Result<ByteStream, Fault> {
-        let Repo { id, commit, hub, xet, .. } = &*self.repo;
-        match way {
-            Way::Http => hub.open(id, commit, &self.file, &self.found, range, self.ask).await,
-            Way::Xet(hash) => xet.open(hub, id, commit, hash, self.file.size, range).await,
-        }
-    }
-
-    /// Moves bytes from the network to the disk up to `end`, or until the stream ends, breaks or stalls.
-    async fn pump(
-        &self,
-        way: Way<'_>,
-        writer: &mut Writer,
-        end: u64,
-        mut stream: ByteStream,
-    ) -> std::io::Result<Result<(), Fault>> {
-        let stall = match way {
-            Way::Http => self.repo.settings.patience.stall,
-            Way::Xet(_) => self.repo.settings.patience.stall * XET_STALLS,
-        };
-        loop {
-            let left = end - writer.at();
-            let chunk = match timeout(stall, stream.next()).await {
-                Ok(Some(Ok(chunk))) => chunk,
-                Ok(Some(Err(fault))) => return Ok(Err(fault)),
-                Ok(None) if left > 0 => return Ok(Err(Fault::again(format!("the body ended {left} bytes early")))),
-                Ok(None) => return Ok(Ok(())),
-                Err(_) => {
-                    // Anew, and elsewhere if the hub names another place.
-                    self.found.forget();
-                    return Ok(Err(Fault::again(format!("stalled: no byte for {} s", stall.as_secs_f32()))));
-                }
-            };
-            if chunk.len() as u64 > left {
-                return Ok(Err(Fault::again("more bytes than the file has")));
-            }
-            self.repo.rate.take(chunk.len() as u64).await;
-            writer.write(&chunk)?;
-            self.slot.add(chunk.len() as u64);
-        }
-    }
-
-    /// Waits before the next attempt, or says why there is none.
-    async fn wait(
-        &self,
-        attempts: &mut Attempts,
-        gained: bool,
-        cause: String,
-        after: Option<Duration>,
-    ) -> Result<(), FetchError> {
-        let repo = &self.repo;
-        let patience = &repo.settings.patience;
-        attempts.fruitless = if gained { 0 } else { attempts.fruitless + 1 };
-        let endpoint = || repo.settings.endpoint.clone();
-        if after.is_some_and(|after| after > patience.limit) {
-            return Err(FetchError::RateLimited { endpoint: endpoint(), after });
-        }
-        if attempts.fruitless >= patience.attempts || repo.board.since_gain() >= patience.limit {
-            return Err(match attempts.scope {
-                Scope::Network => FetchError::Unreachable { endpoint: endpoint(), cause },
-                _ => FetchError::File {
-                    repo: repo.id.clone(),
-                    file: self.file.name.clone(),
-                    attempts: attempts.made,
-                    cause,
-                },
-            });
-        }
-        let pause = match after {
-            Some(after) => after,
-            None => backoff(patience.backoff, patience.backoff_max, attempts.fruitless),
-        };
-        match attempts.scope {
-            // A hub that is too busy for one file is too busy for all.
-            Scope::Hub => repo.board.hold_hub(pause),
-            // What just gave bytes is asked on at once.
-            Scope::Stream if gained => {}
-            Scope::Stream | Scope::Network => tokio::time::sleep(pause).await,
-        }
-        Ok(())
-    }
-}
-
 /// Doubles with each fruitless attempt; between half and all of it, so that eight streams do not knock together.
 pub fn backoff(first: Duration, most: Duration, fruitless: u32) -> Duration {
     let whole = first.saturating_mul(1 << fruitless.saturating_sub(1).min(16)).min(most);
@@ -408,7 +212,7 @@ pub fn backoff(first: Duration, most: Duration, fruitless: u32) -> Duration {
 }
 
 /// Runs what blocks where it may.
-async fn off_runtime<T: Send + 'static>(
+pub async fn off_runtime<T: Send + 'static>(
     work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
 ) -> std::io::Result<T> {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|join| Err(std::io::Error::other(join)))

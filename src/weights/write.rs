@@ -1,40 +1,24 @@
 //! A blob while it grows, from several connections at once: bytes go to their places in a file beside it, the hash
 //! follows over what is there without a gap, and the file takes its final name only when it is whole and right.
 //!
-//! A writer that stands where the hash stands hashes its own bytes while they are in the CPU's cache; what arrived out
-//! of order is read back from the page cache by a thread of its own, one a file. Writing blocks as disks do.
+//! A `writer` that stands where the hash stands hashes its own bytes while they are in the CPU's cache; what arrived out
+//! of order is read back from the page cache beside them (`behind`). What an earlier run left is `left`'s.
 
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
 use super::journal::{self, Journal};
+use super::left::{Paths, counted, take_over};
 use super::plan::{Hash, RemoteFile};
 use super::ranges::Ranges;
 use super::verify::Hasher;
-
-/// Bytes between two pushes to the disk. What is not pushed is lost in a power cut (not in a kill); pushing
-/// rarely leaves one long stop at the end of each file.
-const PUSH_EACH: u64 = 32 << 20;
-/// Bytes of one connection between two lines in the journal: the most it loses to a kill.
-const NOTE_EACH: u64 = 32 << 10;
-/// One step of reading back. Small enough to stay in the CPU's cache while it is hashed.
-const STEP: usize = 256 << 10;
-
-/// Where a blob lies while it grows.
-#[derive(Debug, Clone)]
-pub struct Paths {
-    /// Ours, with gaps: a name that huggingface_hub does not take for the beginning of a file.
-    pub data: PathBuf,
-    pub journal: PathBuf,
-    /// huggingface_hub's and hf-hub's: always a beginning. Taken over when there is none of ours.
-    pub foreign: PathBuf,
-}
+use super::writer::Writer;
 
 /// How a whole file ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -49,53 +33,33 @@ pub enum Finished {
 #[derive(Debug)]
 pub struct Partial {
     paths: Paths,
-    file: File,
+    pub(super) file: File,
     hash: Hash,
     size: u64,
     boot: String,
     state: Mutex<State>,
     /// Rings when the hash got further or a push ended.
-    moved: Notify,
+    pub(super) moved: Notify,
 }
 
 #[derive(Debug)]
-struct State {
-    done: Ranges,
-    journal: Journal,
+pub(super) struct State {
+    pub done: Ranges,
+    pub journal: Journal,
     /// None while somebody feeds it.
-    hasher: Option<Hasher>,
+    pub hasher: Option<Hasher>,
     /// The hasher has seen the file up to here.
-    hashed: u64,
-    unpushed: u64,
-    push: Push,
+    pub hashed: u64,
+    pub unpushed: u64,
+    pub push: Push,
     /// What went wrong off the writers' path.
-    trouble: Option<std::io::Error>,
+    pub trouble: Option<std::io::Error>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Push {
+pub(super) enum Push {
     Idle,
     Running,
-}
-
-/// One connection's place in the file.
-#[derive(Debug)]
-pub struct Writer {
-    partial: Arc<Partial>,
-    range: usize,
-    at: u64,
-    noted: u64,
-}
-
-/// Bytes of a file that an earlier run left; none: it left nothing.
-pub fn left(paths: &Paths, size: u64) -> Option<u64> {
-    let counted = counted(paths, size, &journal::boot()).map(|done| done.total());
-    counted.or_else(|| std::fs::metadata(&paths.foreign).ok().map(|meta| meta.len()).filter(|len| *len <= size))
-}
-
-fn counted(paths: &Paths, size: u64, boot: &str) -> Option<Ranges> {
-    let len = std::fs::metadata(&paths.data).ok()?.len();
-    journal::read(&paths.journal, size, len, boot)
 }
 
 impl Partial {
@@ -138,7 +102,7 @@ impl Partial {
         Ok(partial)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         // Ranges and counters stay true whatever thread died holding them.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -159,7 +123,40 @@ impl Partial {
     /// A place to write from. Nobody else writes the bytes that follow.
     pub fn writer(self: &Arc<Self>, from: u64) -> std::io::Result<Writer> {
         let range = self.state().journal.open_range(from)?;
-        Ok(Writer { partial: self.clone(), range, at: from, noted: from })
+        Ok(Writer::new(self.clone(), range, from))
+    }
+
+    /// Puts these bytes to their place, which belongs to `range`; where the hash stands there, it takes them in. Blocks
+    /// as the disk does.
+    pub(super) fn put(self: &Arc<Self>, range: usize, from: u64, bytes: &[u8]) -> std::io::Result<()> {
+        self.file.write_all_at(bytes, from)?;
+        let to = from + bytes.len() as u64;
+        let mine = {
+            let mut state = self.state();
+            if state.hashed == from { state.hasher.take() } else { None }
+        };
+        let mut state = match mine {
+            Some(mut hasher) => {
+                hasher.update(bytes);
+                let mut state = self.state();
+                state.hasher = Some(hasher);
+                state.hashed = to;
+                state
+            }
+            None => self.state(),
+        };
+        state.done.add(from..to);
+        state.unpushed += to - from;
+        state.journal.note(range, to)?;
+        if let Some(error) = state.trouble.take() {
+            return Err(error);
+        }
+        let behind = state.hasher.is_some() && state.done.prefix() > state.hashed;
+        self.push(state);
+        if behind {
+            self.follow();
+        }
+        Ok(())
     }
 
     /// Throws all bytes away. Nobody may be writing. Blocks.
@@ -176,67 +173,6 @@ impl Partial {
 
     fn fresh_hasher(&self) -> Hasher {
         Hasher::new(&self.hash, self.size)
-    }
-
-    /// Feeds the hash with what is there beyond it, in a thread of its own, if nobody does yet.
-    pub fn follow(self: &Arc<Self>) {
-        let mut state = self.state();
-        if state.done.prefix() > state.hashed
-            && let Some(hasher) = state.hasher.take()
-        {
-            drop(state);
-            let partial = self.clone();
-            tokio::task::spawn_blocking(move || partial.read_back(hasher));
-        }
-    }
-
-    fn read_back(&self, mut hasher: Hasher) {
-        let mut buffer = vec![0; STEP];
-        loop {
-            let (from, to) = {
-                let mut state = self.state();
-                if state.done.prefix() <= state.hashed || state.trouble.is_some() {
-                    state.hasher = Some(hasher);
-                    break;
-                }
-                (state.hashed, state.done.prefix())
-            };
-            let step = usize::try_from(to - from).unwrap_or(STEP).min(STEP);
-            let read = read_at(&self.file, &mut buffer[..step], from);
-            let mut state = self.state();
-            match read {
-                Ok(n) => {
-                    drop(state);
-                    hasher.update(&buffer[..n]);
-                    self.state().hashed = from + n as u64;
-                }
-                Err(error) => state.trouble = Some(error),
-            }
-        }
-        self.moved.notify_waiters();
-    }
-
-    /// Pushes to the disk what was written, in a thread of its own, if enough came since the last time.
-    fn push(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
-        if state.unpushed < PUSH_EACH || state.push == Push::Running {
-            return;
-        }
-        state.push = Push::Running;
-        state.unpushed = 0;
-        let pushed = state.journal.before_push();
-        drop(state);
-        let partial = self.clone();
-        tokio::task::spawn_blocking(move || {
-            let outcome = partial.file.sync_data();
-            let mut state = partial.state();
-            let noted = outcome.and_then(|()| state.journal.after_push(&pushed));
-            state.push = Push::Idle;
-            if let Err(error) = noted {
-                state.trouble = Some(error);
-            }
-            drop(state);
-            partial.moved.notify_waiters();
-        });
     }
 
     /// Waits until all is hashed; then compares and, if right, gives the file its final name. Only for a whole file that
@@ -290,83 +226,6 @@ impl Partial {
     }
 }
 
-impl Writer {
-    /// Where the next byte goes.
-    pub fn at(&self) -> u64 {
-        self.at
-    }
-
-    /// Writes and, where the hash stands here, hashes. Blocks as the disk does.
-    pub fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        let partial = self.partial.clone();
-        partial.file.write_all_at(bytes, self.at)?;
-        let (from, to) = (self.at, self.at + bytes.len() as u64);
-        let mine = {
-            let mut state = partial.state();
-            if state.hashed == from { state.hasher.take() } else { None }
-        };
-        let mut state = match mine {
-            Some(mut hasher) => {
-                hasher.update(bytes);
-                let mut state = partial.state();
-                state.hasher = Some(hasher);
-                state.hashed = to;
-                state
-            }
-            None => partial.state(),
-        };
-        state.done.add(from..to);
-        state.unpushed += to - from;
-        self.at = to;
-        if to - self.noted >= NOTE_EACH {
-            state.journal.note(self.range, to)?;
-            self.noted = to;
-        }
-        if let Some(error) = state.trouble.take() {
-            return Err(error);
-        }
-        let behind = state.hasher.is_some() && state.done.prefix() > state.hashed;
-        partial.push(state);
-        if behind {
-            partial.follow();
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        if self.at > self.noted {
-            // Without it these few bytes are fetched again.
-            let _ = self.partial.state().journal.note(self.range, self.at);
-        }
-    }
-}
-
-/// Makes another tool's beginning ours.
-fn take_over(paths: &Paths, size: u64) -> std::io::Result<Option<Ranges>> {
-    let len = match std::fs::metadata(&paths.foreign) {
-        Ok(meta) => meta.len(),
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    if len > size {
-        return Ok(None);
-    }
-    std::fs::rename(&paths.foreign, &paths.data)?;
-    Ok(Some(Ranges::one(0..len)))
-}
-
-fn read_at(file: &File, buffer: &mut [u8], at: u64) -> std::io::Result<usize> {
-    loop {
-        match file.read_at(buffer, at) {
-            Ok(0) => return Err(std::io::Error::new(ErrorKind::UnexpectedEof, "the file was cut by somebody else")),
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            read => return read,
-        }
-    }
-}
-
 fn remove(path: &Path) -> std::io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
@@ -378,6 +237,7 @@ fn remove(path: &Path) -> std::io::Result<()> {
 #[allow(clippy::single_range_in_vec_init)] // one gap is a list of one
 mod tests {
     use super::*;
+    use crate::weights::left::left;
     use crate::weights::plan::Transport;
 
     fn hello() -> RemoteFile {
@@ -398,7 +258,9 @@ mod tests {
     }
 
     fn put(partial: &Arc<Partial>, from: u64, bytes: &[u8]) {
-        partial.writer(from).unwrap().write(bytes).unwrap();
+        let mut writer = partial.writer(from).unwrap();
+        writer.take(bytes).unwrap();
+        writer.flush().unwrap();
     }
 
     fn names(dir: &Path) -> Vec<String> {
@@ -485,9 +347,10 @@ mod tests {
                 while writer.at() < (n + 1) << 20 {
                     let at = usize::try_from(writer.at()).unwrap();
                     let end = (at + 10_007 + 40_009 * (at % 7)).min(usize::try_from((n + 1) << 20).unwrap());
-                    writer.write(&content[at..end]).unwrap();
+                    writer.take(&content[at..end]).unwrap();
                     tokio::task::yield_now().await;
                 }
+                writer.flush().unwrap();
             });
         }
         writers.join_all().await;

@@ -17,7 +17,8 @@ use xet::XetError;
 use xet::xet_session::{XetConfig, XetDownloadStreamGroup, XetFileInfo, XetSessionBuilder};
 
 use super::error::FetchError;
-use super::hub::{ByteStream, Fault, Hub, Scope, refuse_hop};
+use super::hops::refuse_hop;
+use super::hub::{ByteStream, Fault, Hub, Scope};
 use super::settings::Settings;
 
 /// A right to read is asked for anew when it ends this soon: xet would ask for itself, but not know our patience.
