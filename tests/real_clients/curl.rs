@@ -121,7 +121,7 @@ async fn curl_streams_uploads_and_leaves_over_both_versions() {
             (loads["loads"][0]["num_running_reqs"] == 0 && loads["loads"][0]["num_waiting_reqs"] == 0).then_some(())
         })
         .await;
-    assert_eq!(counted(&daemon, "sglangd_client_aborts_total"), 2.0);
-    assert_eq!((answered(&daemon, CHAT, "2xx"), answered(&daemon, CHAT, "4xx")), (7.0, 1.0));
+    assert_eq!(counted(&daemon, "sglangd_client_aborts_total"), 2);
+    assert_eq!((answered(&daemon, CHAT, "2xx"), answered(&daemon, CHAT, "4xx")), (7, 1));
     daemon.stops_clean(SOON).await;
 }

@@ -1,6 +1,6 @@
 //! `httpx` with HTTP/2, as ALPN agrees on it under TLS.
 
-use super::{KEY, Program, answered, counted, is_idle, serving, started};
+use super::{KEY, Program, answered, counted, is_idle, serving};
 use crate::harness::pki::{Folder, Pair};
 use crate::harness::scene::{CHAT, SOON, number_at};
 use jiff::SignedDuration;
@@ -45,9 +45,9 @@ async fn httpx_speaks_http2_with_eight_streams_on_one_connection() {
     assert_eq!((&told["refused"]["version"], &told["refused"]["status"]), (&"HTTP/2".into(), &401.into()));
 
     is_idle(&mut daemon).await;
-    assert_eq!(counted(&daemon, "sglangd_http2_connections_total"), 1.0, "all on one connection");
-    assert_eq!(counted(&daemon, "sglangd_client_aborts_total"), 1.0, "the one that was left");
-    assert_eq!(answered(&daemon, CHAT, "2xx"), 11.0);
+    assert_eq!(counted(&daemon, "sglangd_http2_connections_total"), 1, "all on one connection");
+    assert_eq!(counted(&daemon, "sglangd_client_aborts_total"), 1, "the one that was left");
+    assert_eq!(answered(&daemon, CHAT, "2xx"), 11);
     let status = daemon.status().await.unwrap();
     assert_eq!(number_at(&status, "/proxy/restarts"), 0);
     daemon.stops_clean(SOON).await;

@@ -115,12 +115,12 @@ impl Drop for Program {
     }
 }
 
-fn counted(daemon: &Daemon, line: &str) -> f64 {
-    metric(&got(daemon.admin(), "/metrics").text(), line).unwrap_or(0.0)
+fn counted(daemon: &Daemon, line: &str) -> u64 {
+    metric(&got(daemon.admin(), "/metrics").text(), line).unwrap_or(0.0) as u64
 }
 
 /// Requests of the tester's for this route with such an answer.
-fn answered(daemon: &Daemon, route: &str, class: &str) -> f64 {
+fn answered(daemon: &Daemon, route: &str, class: &str) -> u64 {
     counted(daemon, &format!("sglangd_requests_total{{route=\"{route}\",status=\"{class}\",key=\"tester\"}}"))
 }
 

@@ -41,7 +41,7 @@ async fn talks(sdk: Sdk) {
         let wrong = (&told["wrong"]["error"], &told["wrong"]["status"]);
         assert_eq!(wrong, (&"AuthenticationError".into(), &401.into()), "{told}");
     }
-    assert_eq!(counted(&daemon, "sglangd_client_aborts_total"), 0.0, "who read to the end has not left");
+    assert_eq!(counted(&daemon, "sglangd_client_aborts_total"), 0, "who read to the end has not left");
 
     assert_eq!(program.says_of("running")["running"], 1);
     let cancelled = program.says_of("cancelled");
@@ -52,9 +52,9 @@ async fn talks(sdk: Sdk) {
     program.ends();
 
     is_idle(&mut daemon).await;
-    assert_eq!(counted(&daemon, "sglangd_client_aborts_total"), 2.0, "the cancel and the time-out");
+    assert_eq!(counted(&daemon, "sglangd_client_aborts_total"), 2, "the cancel and the time-out");
     // Two of the stream and its whole, two with good keys, the cancelled stream: its head had come.
-    assert_eq!((answered(&daemon, sdk.route, "2xx"), answered(&daemon, sdk.route, "left")), (5.0, 1.0));
+    assert_eq!((answered(&daemon, sdk.route, "2xx"), answered(&daemon, sdk.route, "left")), (5, 1));
     daemon.stops_clean(SOON).await;
 }
 
