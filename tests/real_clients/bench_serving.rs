@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::{KEY, answered, counted, is_idle, python, serving, started};
+use super::{KEY, answered, counted, is_idle, python, script, serving, started};
 use crate::harness::daemon::eventually;
 use crate::harness::scene::{CHAT, SOON};
 use crate::real_engine::prepared;
@@ -21,7 +21,15 @@ async fn bench_serving_gets_every_token_and_its_numbers_are_ours() {
     let results = daemon.folder().join("results.jsonl");
     let (url, requests, tokens) = (daemon.url(""), REQUESTS.to_string(), TOKENS.to_string());
     let mut command = python();
-    command.args(["-m", "sglang.bench_serving", "--backend", "sglang-oai-chat", "--base-url", &url]);
+    let paths = std::env::join_paths([prepared("SGLANGD_TEST_CLIENTS"), script("stubs")]).unwrap();
+    command.env("PYTHONPATH", paths).args([
+        "-m",
+        "sglang.bench_serving",
+        "--backend",
+        "sglang-oai-chat",
+        "--base-url",
+        &url,
+    ]);
     command.arg("--model").arg(&model).args(["--served-model-name", "small"]).arg("--tokenizer").arg(&model);
     // Tokens by chance: the other data sets are fetched.
     command.args(["--dataset-name", "random-ids", "--random-input-len", "16", "--random-output-len", &tokens]);
@@ -32,7 +40,9 @@ async fn bench_serving_gets_every_token_and_its_numbers_are_ours() {
     let status = eventually("its end", Duration::from_mins(5), async || child.try_wait().unwrap()).await;
     assert!(status.success(), "{status}");
 
-    let told: Value = serde_json::from_str(std::fs::read_to_string(results).unwrap().trim()).unwrap();
+    // Python's JSON has an infinite rate of requests.
+    let results = std::fs::read_to_string(results).unwrap().replace("Infinity", "null");
+    let told: Value = serde_json::from_str(results.trim()).unwrap();
     let number = |name: &str| told[name].as_f64().unwrap_or_else(|| panic!("no {name}: {told}"));
     assert_eq!((&told["completed"], &told["total_output_tokens"]), (&REQUESTS.into(), &(REQUESTS * TOKENS).into()));
     let each = |name: &str| told[name].as_array().unwrap().clone();

@@ -103,8 +103,11 @@ async fn curl_streams_uploads_and_leaves_over_both_versions() {
         let mut child = curl(&daemon, &["-N", how, "-d", &stream(3000)]).stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert!(lines.any(|line| line.unwrap().contains("\"content\":\"This")), "no token came");
-        let status = daemon.status().await.unwrap();
-        assert_eq!(number_at(&status, "/requests/in_flight"), 1, "{status}");
+        daemon
+            .until("it is counted", SOON, async |daemon| {
+                (number_at(&daemon.status().await?, "/requests/in_flight") == 1).then_some(())
+            })
+            .await;
         child.kill().unwrap();
         child.wait().unwrap();
         is_idle(&mut daemon).await;

@@ -55,7 +55,7 @@ async fn half_an_hour_of_everything_loses_nothing_and_hides_nothing() {
     let mut daemon = setup
         .set("auth.keys_file", keys.to_str().unwrap())
         .set("limits.max", &MAX.to_string())
-        .set("restart.max", "100000")
+        .set("restart.max", "1000")
         .set("engine.tp", "2")
         .start();
     let first = daemon.is_ready(SOON).await;
