@@ -25,19 +25,15 @@ pub struct BundleArgs {
     pub folders: FolderArgs,
 }
 
-#[allow(clippy::needless_pass_by_value)] // every subcommand is given its arguments whole
 pub fn run(args: BundleArgs) -> Exit {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("sglangd: cannot start the async runtime: {error}");
-            return Exit::Bug;
-        }
-    };
+    super::on_this_thread(make(args))
+}
+
+async fn make(args: BundleArgs) -> Exit {
     let at = socket(&runtime_dir(&args.folders));
     let target = Target::Unix(at.clone());
     let asked = request(&target, Method::POST, "/bundle", None, bytes::Bytes::new(), PATIENCE);
-    match runtime.block_on(asked) {
+    match asked.await {
         Ok(answer) if answer.status.is_success() => {
             print!("{}", String::from_utf8_lossy(&answer.body));
             Exit::Ok

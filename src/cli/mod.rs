@@ -163,6 +163,17 @@ impl DaemonArgs {
     }
 }
 
+/// A command that asks somebody and prints what it hears needs one thread.
+fn on_this_thread(work: impl Future<Output = Exit>) -> Exit {
+    match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(work),
+        Err(error) => {
+            eprintln!("sglangd: cannot start the async runtime: {error}");
+            Exit::Bug
+        }
+    }
+}
+
 /// Runs the command line and says how the process ends.
 pub fn run(cli: Cli) -> Exit {
     match cli.command {

@@ -45,16 +45,11 @@ pub struct ProbeArgs {
     pub model: Option<String>,
 }
 
-// Subcommands own their arguments; that this one only reads them is chance.
-#[allow(clippy::needless_pass_by_value)]
 pub fn run(args: ProbeArgs) -> Exit {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("sglangd: cannot start the async runtime: {error}");
-            return Exit::Bug;
-        }
-    };
+    super::on_this_thread(ask_all(args))
+}
+
+async fn ask_all(args: ProbeArgs) -> Exit {
     let server = match ask::Server::new(&args) {
         Ok(server) => server,
         Err(what) => {
@@ -74,7 +69,7 @@ pub fn run(args: ProbeArgs) -> Exit {
         let retries = if args.once { ask::Retries::None } else { ask::Retries::Until(args.timeout.unwrap_or(limit)) };
         let patience = args.timeout.unwrap_or(limit);
         let mut page = Page::new();
-        match runtime.block_on(server.ask(question, retries, patience, &mut page)) {
+        match server.ask(question, retries, patience, &mut page).await {
             Ok(figures) => {
                 page.end();
                 eprintln!("{figures}");

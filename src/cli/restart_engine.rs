@@ -23,20 +23,15 @@ pub struct RestartArgs {
     pub folders: FolderArgs,
 }
 
-// Subcommands own their arguments; that this one only reads them is chance.
-#[allow(clippy::needless_pass_by_value)]
 pub fn run(args: RestartArgs) -> Exit {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("sglangd: cannot start the async runtime: {error}");
-            return Exit::Bug;
-        }
-    };
+    super::on_this_thread(restart(args))
+}
+
+async fn restart(args: RestartArgs) -> Exit {
     let path = socket(&runtime_dir(&args.folders));
     let target = Target::Unix(path.clone());
     let asked = client::request(&target, Method::POST, "/restart-engine", None, Bytes::new(), PATIENCE);
-    match runtime.block_on(asked) {
+    match asked.await {
         Ok(answer) if answer.status == StatusCode::ACCEPTED => {
             println!("{}", String::from_utf8_lossy(&answer.body).trim_end());
             Exit::Ok

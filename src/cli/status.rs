@@ -27,16 +27,11 @@ pub struct StatusArgs {
     pub url: Option<String>,
 }
 
-// Subcommands own their arguments; that this one only reads them is chance.
-#[allow(clippy::needless_pass_by_value)]
 pub fn run(args: StatusArgs) -> Exit {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("sglangd: cannot start the async runtime: {error}");
-            return Exit::Bug;
-        }
-    };
+    super::on_this_thread(look(args))
+}
+
+async fn look(args: StatusArgs) -> Exit {
     let target = match &args.url {
         Some(url) => match target_of(url) {
             Ok(target) => target,
@@ -47,7 +42,7 @@ pub fn run(args: StatusArgs) -> Exit {
         },
         None => Target::Unix(socket(&runtime_dir(&args.folders))),
     };
-    let body = match runtime.block_on(ask(&target)) {
+    let body = match ask(&target).await {
         Ok(body) => body,
         Err(what) => {
             eprintln!("sglangd: {what}");
