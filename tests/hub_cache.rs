@@ -1,6 +1,5 @@
-//! The cache as others see it: the real huggingface_hub beside sglangd, disks without links, one that cannot be written
-//! to, a repository of a hundred thousand files, and the memory of a xet store's client. `tests/run` installs what of it
-//! must be installed.
+//! The cache as others see it: the real huggingface_hub beside sglangd, a disk without links, one that cannot be
+//! written to, and a repository of a hundred thousand files. `tests/run` installs the former.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,11 +11,9 @@ use std::time::Duration;
 use serde_json::Value;
 use sglangd::simulate::hub::{COMMIT, Options};
 use sglangd::simulate::model::{ModelFile, Storage};
-use sglangd::weights::{Request, Tuning};
 
 use crate::harness::daemon::SGLANGD;
 use crate::harness::hub::{REPO, Site, eventually, small_model};
-use crate::harness::xet::XetSite;
 use crate::real_engine::prepared;
 
 fn client(script: &str) -> Command {
@@ -191,54 +188,6 @@ async fn h11_without_symlinks_real_files_take_their_place_and_nothing_lies_there
     site.assert_right(&snapshot, &small_model());
 }
 
-/// A file system in a file, mounted; unmounted when dropped.
-struct Mounted(PathBuf);
-
-impl Mounted {
-    fn exfat(image: &Path, at: PathBuf) -> Self {
-        let run = |program: &str, words: &[&Path]| {
-            let output =
-                Command::new(program).args(words).output().unwrap_or_else(|error| panic!("{program}: {error}"));
-            assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
-        };
-        fs::File::create(image).unwrap().set_len(128 << 20).unwrap();
-        run("mkfs.exfat", &[image]);
-        fs::create_dir_all(&at).unwrap();
-        run("mount.exfat-fuse", &[image, &at]);
-        Self(at)
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        // Lazily: a test that failed may still hold something open.
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "heavy: tests/run prepares it"]
-async fn h11_a_cache_on_a_mounted_exfat_disk_is_killed_goes_on_and_is_complete() {
-    let files = vec![ModelFile::shard("model.safetensors", "t", 24 << 20, 7), small_model()[0].clone()];
-    let site = Site::slow(files.clone(), 12 << 20).await;
-    let _disk = Mounted::exfat(&site.cache().with_file_name("disk.img"), site.cache());
-    let link = site.cache().join("link");
-    assert!(std::os::unix::fs::symlink("nowhere", link).is_err(), "this disk has links: the test proves nothing");
-    let mut child = site.command().spawn().unwrap();
-    eventually("a good part was sent", || site.hub.sent() > 12 << 20).await;
-    child.kill().unwrap();
-    child.wait().unwrap();
-    site.hub.forget();
-    fetched(&mut site.command());
-    let snapshot = site.repo_dir().join("snapshots").join(COMMIT);
-    site.assert_right(&snapshot, &files);
-    assert!(site.hub.sent() < 20 << 20, "begun anew: {} bytes", site.hub.sent());
-    assert_eq!(site.bytes_there(), 0, "blobs beside the files");
-    site.hub.forget();
-    fetched(&mut site.command());
-    assert_eq!(site.hub.sent(), 0, "the next start fetches again");
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "heavy: tests/run prepares it"]
 async fn h10_a_cache_on_a_read_only_mount_serves_when_complete_and_names_what_is_missing_when_not() {
@@ -320,25 +269,4 @@ async fn h13_a_hundred_thousand_files_are_planned_and_fetched_in_bounded_memory(
     assert!(fetch.status.success(), "{}", String::from_utf8_lossy(&fetch.stderr));
     assert!(few < 64, "{few} MiB for 5,000 files");
     eprintln!("peak memory: {planned} MiB for a plan of 100,000 files, {few} MiB for a fetch of 5,000");
-}
-
-/// xet packs and unpacks blocks in memory, as much as it is allowed to: slower than the store, it would hold the whole file.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "heavy: tests/run prepares it"]
-async fn h07_a_xet_fetch_takes_the_memory_that_the_setting_says() {
-    let there = XetSite::with(640 << 20).await;
-    let mut most = vec![];
-    for memory in [Some(128 << 20), None] {
-        fs::remove_dir_all(there.site.repo_dir()).ok();
-        let tuning = Tuning { xet_memory: memory, max_rate: std::num::NonZeroU64::new(80 << 20), ..Tuning::default() };
-        let request = Request { tuning, ..there.site.request() };
-        let mut command = there.site.bare_command();
-        command.args(["fetch", "--request", &serde_json::to_string(&request).unwrap()]);
-        let (output, peak) = peak(&mut command);
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        most.push(peak);
-    }
-    there.site.assert_right(&there.site.repo_dir().join("snapshots").join(COMMIT), &there.files);
-    eprintln!("peak memory out of a xet store: {} MiB with xet_memory 128 MiB, {} MiB without", most[0], most[1]);
-    assert!(most[0] < 320, "{most:?} MiB");
 }
