@@ -38,6 +38,13 @@ impl Gpu {
     pub fn memory_free(&self) -> u64 {
         self.memory_total.saturating_sub(self.memory_used)
     }
+
+    /// What these processes hold: all that is used but what others are seen to hold. In a container nobody is
+    /// seen, and what is used is the engine's, since it is launched only where nobody is in its way.
+    pub fn held_by(&self, pids: &[i32]) -> u64 {
+        let others = self.holders.iter().filter(|holder| holder.command.is_some() && !pids.contains(&holder.pid));
+        self.memory_used.saturating_sub(others.filter_map(|holder| holder.memory).sum())
+    }
 }
 
 /// A process with memory on a GPU.

@@ -38,7 +38,7 @@ use crate::config::{Loaded, OnGiveUp};
 use crate::engine::env::Env;
 use crate::engine::remarks::Expected;
 use crate::exit::Exit;
-use crate::health::loads::Figures;
+use crate::health::figures::Figures;
 use crate::health::probe::Pulse;
 use crate::launch::beside::Beside;
 use crate::launch::guard::Guarded;

@@ -80,6 +80,7 @@ impl Driver {
             own_env: self.means.own_env.clone(),
             resolved: acquired.resolved.clone(),
             snapshots: acquired.snapshots.clone(),
+            weights: acquired.folders.clone(),
         };
         self.node.uses = Some(Uses::of(&from.config, &from.resolved, &from.own_env));
         let reports = self.reports.clone();
@@ -145,6 +146,7 @@ impl Driver {
             }
         });
         let program = prepared.spec.argv.first().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
+        let known = prepared.known;
         let launched = launch(*prepared, &self.spawner, &self.means.folders.runtime, self.said.clone(), notices).await;
         match launched {
             Ok((engine, record)) => {
@@ -158,7 +160,7 @@ impl Driver {
                     self.guard = None;
                 }
                 let memory = Memory::of(&self.means.folders.state, &engine.spec);
-                self.loading.launched(self.config().engine.tp, memory);
+                self.loading.launched(self.config().engine.tp, memory, known);
                 self.engine = Some(engine);
                 self.read_ahead();
                 Box::pin(self.on(Event::Launched)).await;

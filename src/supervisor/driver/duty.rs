@@ -114,7 +114,10 @@ impl Driver {
     pub(super) fn read_ahead_is(&mut self, ahead: Ahead) {
         let over = self.reading.as_ref().is_none_or(Reading::is_over);
         match ahead {
-            Ahead::Reading { done, total } if !over => self.read_ahead = Some(ReadAhead { done, total }),
+            Ahead::Reading { done, total } if !over => {
+                self.read_ahead = Some(ReadAhead { done, total });
+                self.loading.read_ahead(done, total);
+            }
             Ahead::Reading { .. } => {}
             Ahead::Done(outcome) => {
                 self.read_ahead = None;

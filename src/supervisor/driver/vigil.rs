@@ -7,7 +7,8 @@ use std::time::Duration;
 use super::{Driver, Event, Millis, Report, State};
 use crate::engine::env::kernel_caches;
 use crate::engine::remarks::{Expected, Kind, Remark};
-use crate::health::loads::{self, Figures};
+use crate::health::figures::Figures;
+use crate::health::loads;
 use crate::health::probe::{self, Pulse};
 use crate::health::signs::Signs;
 use crate::health::verdict::Verdict;
@@ -199,12 +200,16 @@ impl Driver {
     }
 
     /// What a look found.
-    pub(super) async fn looked(&mut self, seen: Look) {
+    pub(super) async fn looked(&mut self, mut seen: Look) {
         self.vigil.looking = Looking::No;
         if self.engine.as_ref().is_none_or(|engine| engine.pid != seen.of) {
             return;
         }
         let at = seen.sample.at;
+        seen.sample.gpu_bytes = self.gpu_bytes(&seen.members);
+        if let Some(bytes) = seen.stored {
+            self.loading.stored(bytes);
+        }
         let work = self.vigil.signs.take(seen.sample);
         let compiles = work.iter().any(|work| work.is_compilation());
         match self.machine.state {

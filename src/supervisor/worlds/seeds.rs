@@ -631,27 +631,29 @@ fn worlds(seeds: std::ops::Range<u64>) {
     }
 }
 
-/// Ten thousand in four tests, which run beside each other.
-const EACH: u64 = 2_500;
+/// Ten thousand in four tests, which run beside each other. `SEEDS=N`: so many in each, for `tests/long mutants`.
+fn each() -> u64 {
+    std::env::var("SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(2_500)
+}
 
 #[test]
 fn seeded_worlds_1() {
-    worlds(0..EACH);
+    worlds(0..each());
 }
 
 #[test]
 fn seeded_worlds_2() {
-    worlds(EACH..2 * EACH);
+    worlds(each()..2 * each());
 }
 
 #[test]
 fn seeded_worlds_3() {
-    worlds(2 * EACH..3 * EACH);
+    worlds(2 * each()..3 * each());
 }
 
 #[test]
 fn seeded_worlds_4() {
-    worlds(3 * EACH..4 * EACH);
+    worlds(3 * each()..4 * each());
 }
 
 /// A day in which one prefill or compilation of up to ten minutes follows the other.
