@@ -286,9 +286,7 @@ impl Progress {
             spent: since(entered(self.at.stage).unwrap_or(0)),
             bar: (self.at.stage == Stage::Load && self.shards.is_some()).then_some(f64::from(self.at.part)),
             compiling: match (self.work, self.compiling) {
-                (Work::Compile(percent), Some(begun)) => {
-                    Some((since(begun), f64::from(percent.unwrap_or(0)) / 100.0))
-                }
+                (Work::Compile(percent), Some(begun)) => Some((since(begun), f64::from(percent.unwrap_or(0)) / 100.0)),
                 _ => None,
             },
             reading: self.reading.seconds_left(self.known.weights),

@@ -32,6 +32,10 @@ pub struct Gpu {
     /// Whose memory can be seen from here; nobody's, in a container, is the usual answer.
     #[serde(default)]
     pub holders: Vec<Holder>,
+    /// Of one that is split (MIG): each part as a GPU of its own, under its parent's number. CUDA sees the parts
+    /// alone.
+    #[serde(default)]
+    pub parts: Vec<Self>,
 }
 
 impl Gpu {

@@ -73,12 +73,11 @@ pub fn prepare(from: &Ingredients) -> Result<Prepared, Cause> {
 
 fn write(from: &Ingredients, launch_id: &str, leftovers: Leftovers) -> Result<Prepared, Cause> {
     let port = HeldPort::take().map_err(|error| {
-        Cause::passing(
-            "port",
-            Exit::Engine.code(),
-            format!("No free port between 12000 and 22000 could be had for the engine: {error}."),
-            "See who listens there (ss -ltnp).",
-        )
+        let what = "No free port between 12000 and 22000 could be had for the engine";
+        Cause::of_a_limit(what, &error).unwrap_or_else(|| {
+            let advice = "See who listens there (ss -ltnp).";
+            Cause::passing("port", Exit::Engine.code(), format!("{what}: {error}."), advice)
+        })
     })?;
     let api_key = random_hex(16);
     let admin_api_key = random_hex(16);
@@ -128,7 +127,11 @@ fn known(from: &Ingredients, spec: &LaunchSpec) -> Known {
         _ => None,
     };
     let on_cpu = spec.env.get(OsStr::new("SGLANG_USE_CPU_ENGINE")).is_some_and(|value| value == "1");
-    let no_graphs = on_cpu || says("device").as_deref() == Some("cpu") || says("disable-cuda-graph").is_some();
+    let backend = says("cuda-graph-backend-decode");
+    let no_graphs = on_cpu
+        || says("device").as_deref() == Some("cpu")
+        || says("disable-cuda-graph").is_some()
+        || backend.as_deref() == Some("disabled");
     let caches = kernel_caches(&spec.env);
     Known {
         weights,
@@ -200,6 +203,9 @@ fn random_hex(bytes: usize) -> String {
 }
 
 fn no_folder(what: &str, error: &io::Error) -> Cause {
+    if let Some(cause) = Cause::of_a_limit(&format!("{what} could not be written"), error) {
+        return cause;
+    }
     let advice = match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "Free some space there.",
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {

@@ -230,6 +230,7 @@ impl Driver {
         let stacks = if matches!(verdict, Some(Judged::Hung(_))) { Stacks::Take } else { Stacks::Leave };
         let before = self.cause.as_ref().map(|cause| cause.failure.class);
         let node = self.node.witness(&self.ranks, self.engine.as_ref().map(|engine| engine.pid));
+        let requests = bundle::requests(self.half.clone());
         tokio::spawn(async move {
             // Both before anything is killed; together they take no longer than the stacks of a hung one.
             let (tail, alive) = tokio::join!(words, subject.alive(&spawner, stacks));
@@ -238,10 +239,11 @@ impl Driver {
             let log = subject.tail(&tail);
             let found = Found { ended, reached, tail, signatures: heard.signatures(), verdict, node };
             let cause = autopsy::examine(&found, before);
-            let pages = [vec![bundle::cause(&cause), log], about, subject.start(), alive].concat();
+            let mut pages = [vec![bundle::cause(&cause), log], about, subject.start(), alive].concat();
             let class = cause.failure.class;
             // The restart goes on; what is written down is for later.
             let _ = reports.send(Report::Examined(cause)).await;
+            pages.push(requests.await);
             let written = bundle::written(state, class, pages, &spawner).await;
             let _ = reports.send(Report::Bundled(written)).await;
         });

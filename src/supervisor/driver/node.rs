@@ -152,7 +152,8 @@ impl Driver {
             driver: sight.driver.clone(),
             memory_total: gpu.memory_total,
             memory_used: gpu.memory_used,
-            engine: chosen.as_ref().map(|chosen| chosen.iter().any(|one| one.uuid == gpu.uuid)),
+            // A part of it is the engine's, too.
+            engine: chosen.as_ref().map(|chosen| chosen.iter().any(|one| one.index == gpu.index)),
         };
         sight.gpus.iter().map(status).collect()
     }

@@ -8,9 +8,9 @@ fn known_of(name: &str) -> Known {
     Known { weights: Some(300_000), cores: Some(cores), device, kernels: Kernels::Perhaps }
 }
 
-/// Not wider than four to one, or than a minute.
+/// Not wider than four to one (a range is a second wider at each end than what is known), or than a minute.
 fn is_useful(range: &RangeInclusive<u64>) -> bool {
-    *range.end() <= 4 * range.start() || range.end() - range.start() <= 60
+    range.end() - 1 <= 4 * (range.start() + 2) || range.end() - range.start() <= 60
 }
 
 #[test]
