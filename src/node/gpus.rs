@@ -34,7 +34,7 @@ pub struct Gpu {
     pub holders: Vec<Holder>,
     /// Of one that is split (MIG): each part as a GPU of its own, under its parent's number. CUDA sees the parts
     /// alone.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<Self>,
 }
 
