@@ -63,7 +63,7 @@ mod tests {
             let worker = usize::from(n % 3 == 0);
             workers[worker].recent.note(&id, "chat_completions", begun + Duration::from_secs(n));
         }
-        let text = told(&workers, begun + Duration::from_secs(300));
+        let text = told(&workers, begun + Duration::from_mins(5));
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 2 * KEPT, "no more than that, whatever came");
         assert_eq!(lines[2 * KEPT - 1], "      1.0 s ago  chat_completions  299");
