@@ -6,7 +6,9 @@ mod harness;
 
 mod config_proof;
 mod container;
+mod crowds;
 mod degraded;
 mod hub_cache;
+mod real_clients;
 mod real_engine;
 mod systemd;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::harness::alone::Process;
 use crate::harness::client::{self, get as get1};
 use crate::harness::engine::{Connection, EVENTS, Engine, LAST, chunk, json, stepped, thinking};
 use crate::harness::front::{Front, eventually, patience, settings};
@@ -148,6 +149,41 @@ fn b02_frames_that_ask_for_work_and_are_none_end_the_connection() {
         front.holds(0, 0);
         assert!(resident().saturating_sub(before) < 32 * 1024, "{what}: {} KiB more", resident() - before);
     }
+}
+
+/// A flood leaves nothing: what the tenth of a kind takes, the first has taken already.
+#[test]
+fn b02_floods_leave_memory_as_it_was() {
+    let engine = thinking();
+    let (process, addr) = Process::alone(engine.addr, &["--set", "limits.workers=1"]);
+    let floods = |times: usize| {
+        for _ in 0..times {
+            for bytes in [
+                h2::settings(&[]),
+                ping(),
+                frame(DATA, 0, 1, ""),
+                [post(3, CHAT, "{}"), reset(3, CANCEL)].concat(),
+                window_update(0, 1),
+            ] {
+                let mut client = Client::connect(addr);
+                client.send(headers(1, 0, &fields(CHAT, &[])));
+                client.pours(&bytes.repeat(5_000));
+                client.goodbye();
+            }
+            let mut client = Client::connect(addr);
+            client.send(frame(HEADERS, END_STREAM, 1, hpack::block(&fields(CHAT, &[]))));
+            client.pours(&frame(CONTINUATION, 0, 1, hpack::block(&[("x", "y")])).repeat(5_000));
+            client.goodbye();
+        }
+    };
+    floods(2);
+    let before = process.memory();
+    floods(10);
+    let grown = process.memory().saturating_sub(before);
+    println!("sixty floods: {} KiB more than twelve", grown / 1024);
+    // A leak of the pages of one flood would be some sixty times 100 KiB.
+    assert!(grown < 1 << 20, "{} KiB more", grown / 1024);
+    assert_eq!(client::Client::ask(addr, get1("/health")).status, 200);
 }
 
 #[test]

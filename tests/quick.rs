@@ -29,6 +29,7 @@ mod restarts;
 mod signal_faults;
 mod simulated_engine;
 mod sizing;
+mod soak;
 mod stream_faults;
 mod tls_faults;
 mod websocket_faults;

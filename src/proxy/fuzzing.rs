@@ -21,6 +21,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 
 use super::framing::{Checker, MAX_HEAD, Step};
+use super::peek::{Peek, Stream, peek, stream_at_end};
 use super::routes::{Decision, Table};
 use super::sse::{Grammar, Scanner, Words};
 use super::upstream::decode::{Decoder, Framing, Malformed};
@@ -146,6 +147,28 @@ fn decoded(bytes: &[u8], step: usize) -> Result<(Vec<u8>, bool, usize), Malforme
         surplus += found.surplus;
     }
     Ok((payload, decoder.is_done(), surplus))
+}
+
+/// What is known of a body before it is whole, a whole parser reads there too; no part of it says otherwise.
+pub fn body(bytes: &[u8]) {
+    let (whole, end) = (peek(bytes), stream_at_end(bytes));
+    assert!(whole.sequences >= 1, "a request that computes nothing");
+    let Ok(serde_json::Value::Object(read)) = serde_json::from_slice(bytes) else { return };
+    let truth = match read.get("stream") {
+        None | Some(serde_json::Value::Bool(false)) => Stream::No,
+        Some(serde_json::Value::Bool(true)) => Stream::Yes,
+        Some(_) => Stream::Unknown,
+    };
+    let agrees = |said: Stream| said == Stream::Unknown || said == truth;
+    assert!(agrees(whole.stream) && agrees(end), "{whole:?} and {end:?} where it says {truth:?}");
+    // A name that is said twice is seen in the whole, and not in a part.
+    if whole != Peek::NOTHING {
+        for cut in (0..bytes.len()).step_by(1 + bytes.len() / 256) {
+            let (before, behind) = bytes.split_at(cut);
+            assert!(agrees(peek(before).stream), "its first {cut} bytes say otherwise than {truth:?}");
+            assert!(agrees(stream_at_end(behind)), "behind {cut} bytes it says otherwise than {truth:?}");
+        }
+    }
 }
 
 /// A path that reaches the engine means the same to every reader of it.

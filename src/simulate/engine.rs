@@ -13,6 +13,7 @@ mod knobs;
 mod life;
 mod loads;
 mod logline;
+mod messages;
 mod model;
 mod rank;
 mod realtime;

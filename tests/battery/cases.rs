@@ -12,6 +12,7 @@ use super::servers::Server;
 use crate::harness::client::{get, head, post, post_with};
 use crate::harness::engine::{Connection, EVENTS, Engine, LAST, chunk, json};
 use crate::harness::front::eventually;
+use crate::harness::malformed::{self, Bar, ROWS, chunked};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -134,14 +135,6 @@ fn answers(answer: impl Into<Vec<u8>>) -> impl Fn(&mut Connection) + Send + Sync
     }
 }
 
-fn chunked(body: &str) -> String {
-    format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{body}")
-}
-
-fn request(fields: &str) -> String {
-    format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\nhello")
-}
-
 fn within(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
     let since = Instant::now();
     let mut held = holds();
@@ -154,46 +147,22 @@ fn within(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
 }
 
 pub fn cases() -> Vec<Case> {
-    let mut cases = smuggling();
-    cases.extend(heads());
+    let mut cases = Vec::new();
+    for row in ROWS {
+        let everybodys = malformed::of(row).into_iter().filter(|malformed| malformed.bar == Bar::Any);
+        cases.extend(everybodys.map(|malformed| refused(row, &malformed.what, malformed.bytes)));
+    }
+    cases.extend(bodies());
     cases.extend(behaviour());
     cases.extend(streams());
+    // Rows in their order, and each row's cases in theirs.
+    cases.sort_by_key(|case| case.id);
     cases
 }
 
-fn smuggling() -> Vec<Case> {
+fn bodies() -> Vec<Case> {
     let mut cases = Vec::new();
-    for fields in ["Content-Length: 5\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nContent-Length: 5"]
-    {
-        cases.push(refused("A01", fields, request(fields).replace("hello", "0\r\n\r\n")));
-    }
-    for value in ["+5", "0x5", "5, 5", "5\r\nContent-Length: 6", "5\r\nContent-Length: 5", "18446744073709551616", ""] {
-        let fields = format!("Content-Length: {value}");
-        cases.push(refused("A02", &fields, request(&fields)));
-    }
-    for line in [
-        "Transfer-Encoding: xchunked",
-        "Transfer-Encoding: gzip, chunked",
-        "Transfer-Encoding: chunked, identity",
-        "Transfer-Encoding: chunked, chunked",
-        "Transfer-Encoding: chunked\x0b",
-        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
-        "Transfer-Encoding : chunked",
-    ] {
-        cases.push(refused("A03", line, request(line).replace("hello", "0\r\n\r\n")));
-    }
-    let old = |fields: &str, body: &str| format!("POST {CHAT} HTTP/1.0\r\nHost: a\r\n{fields}\r\n{body}");
-    cases.push(refused("A04", "chunked on HTTP/1.0", old("Transfer-Encoding: chunked\r\n", "0\r\n\r\n")));
-    cases.push(refused("A05", "HTTP/1.0 body without length", old("", "hello")));
-    for body in [
-        "FFFFFFFFFFFFFFFF0\r\nx".to_owned(),
-        "-1\r\nx".to_owned(),
-        "5\nhello\r\n0\r\n\r\n".to_owned(),
-        "5;a\rb\r\nhello\r\n0\r\n\r\n".to_owned(),
-        format!("5;{}\r\nhello\r\n0\r\n\r\n", "x".repeat(64 * 1024)),
-        "5\r\nhelloX\r\n0\r\n\r\n".to_owned(),
-        "5\r\nhello\r\n0\r\nA: b\nC: d\r\n\r\n".to_owned(),
-    ] {
+    for body in malformed::bodies() {
         let shown = format!("chunk {:?}", &body[..body.len().min(16)]);
         cases.push(never_whole("A06", &shown, body));
     }
@@ -205,57 +174,6 @@ fn smuggling() -> Vec<Case> {
             ensure(!seen.contains("evil") && !seen.contains("bearer"), "passed them on")
         })
     }));
-    cases
-}
-
-fn heads() -> Vec<Case> {
-    let lined = |line: &str, fields: &str| head(line, fields);
-    let mut cases = Vec::new();
-    for (what, bytes) in [
-        ("bare LF", format!("POST {CHAT} HTTP/1.1\nHost: a\nContent-Length: 0\n\n")),
-        ("one bare LF", format!("POST {CHAT} HTTP/1.1\r\nHost: a\nContent-Length: 0\r\n\r\n")),
-        ("bare CR", format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nX: a\rb\r\nContent-Length: 0\r\n\r\n")),
-        ("NUL", format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nX: a\0b\r\nContent-Length: 0\r\n\r\n")),
-        ("folded", format!("POST {CHAT} HTTP/1.1\r\nHost: a\r\nX: a\r\n b\r\nContent-Length: 0\r\n\r\n")),
-    ] {
-        cases.push(refused("A08", what, bytes));
-    }
-    for (target, hosts) in [
-        ("http://b/v1/models", "Host: a\r\n"),
-        ("/v1/models", "Host: a\r\nHost: a\r\n"),
-        ("/v1/models", ""),
-        ("/v1/models", "Host: u@a\r\n"),
-        ("/v1/models", "Host: a/b\r\n"),
-    ] {
-        cases.push(refused("A12", &format!("{target} {hosts:?}"), lined(&format!("GET {target} HTTP/1.1"), hosts)));
-    }
-    for path in [
-        "/v1/models/../../flush_cache",
-        "/v1/models/%2e%2e/%2e%2e/flush_cache",
-        "//v1/models",
-        "/v1%2Fmodels",
-        "/v1/chat/completions;x",
-        "/v1/models/%00",
-        "/v1/models/..%2f..%2fflush_cache",
-    ] {
-        cases.push(refused("A14", path, get(path)));
-    }
-    cases.push(refused("A14", "8-bit path", b"GET /v1/models/\xff HTTP/1.1\r\nHost: a\r\n\r\n".as_slice()));
-    let many = format!("Host: a\r\n{}", "X: y\r\n".repeat(100));
-    cases.push(refused("A17", "101 header lines", lined("GET /v1/models HTTP/1.1", &many)));
-    let large = format!("Host: a\r\nX: {}\r\n", "y".repeat(64 * 1024));
-    cases.push(refused("A17", "64 KiB of head", lined("GET /v1/models HTTP/1.1", &large)));
-    let long = format!("GET /v1/models/{} HTTP/1.1", "y".repeat(8 * 1024));
-    cases.push(refused("A17", "8 KiB of path", lined(&long, "Host: a\r\n")));
-    for line in [
-        "CONNECT a:80 HTTP/1.1",
-        "TRACE /v1/models HTTP/1.1",
-        "get /v1/models HTTP/1.1",
-        "PRI * HTTP/2.0",
-        "GET  /v1/models HTTP/1.1",
-    ] {
-        cases.push(refused("A20", line, lined(line, "Host: a\r\n")));
-    }
     cases
 }
 

@@ -303,7 +303,8 @@ def run_load(port, key, streams, tokens, words=16):
     pick = lambda values, q: round(values[min(len(values) - 1, int(len(values) * q))] * 1000, 3) if values else None
     return {
         "streams": len(results), "whole": sum(r[3] for r in results), "events": sum(r[2] for r in results),
-        "seconds": round(span, 3), "events_per_s": round(sum(r[2] for r in results) / span, 1),
+        # Each is asked for exactly so many; an engine that is pressed puts several tokens into one event.
+        "seconds": round(span, 3), "tokens_per_s": round(tokens * sum(r[3] for r in results) / span, 1),
         "ttft_p50_ms": pick(ttft, 0.5), "ttft_p99_ms": pick(ttft, 0.99),
         "gap_p50_ms": pick(gaps, 0.5), "gap_p99_ms": pick(gaps, 0.99),
         "gap_mean_ms": round(statistics.fmean(gaps) * 1000, 3) if gaps else None,
@@ -427,6 +428,35 @@ def step_probe(world):
 
 def step_load(world):
     """3: the same load against the engine, through sglangd, and through a relay that knows no HTTP."""
+    compare(world, [("load", world.args.streams, world.args.tokens, world.args.rounds),
+                    ("load alone", 1, 128, 5 * world.args.rounds)])
+
+
+def step_throughput(world):
+    """3: tokens a second, on a model so large that the GPU and not the engine's Python bounds them: a tiny one's
+    rounds differ by a quarter among themselves. Its weights are the engine's own random ones."""
+    heavy, tiny = world.home / "heavy", Path(world.args.model)
+    heavy.mkdir(exist_ok=True)
+    for file in tiny.iterdir():
+        if file.suffix != ".safetensors":
+            (heavy / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tiny / "config.json").read_text())
+    hidden = world.args.heavy_hidden
+    config.update(hidden_size=hidden, intermediate_size=hidden * 7 // 2, num_hidden_layers=world.args.heavy_layers,
+                  num_attention_heads=hidden // 128, num_key_value_heads=min(8, hidden // 128))
+    for follows in ("layer_types", "head_dim"):
+        config.pop(follows, None)
+    (heavy / "config.json").write_text(json.dumps(config))
+    if world.daemon and world.daemon.poll() is None:
+        world.check_gone("throughput", world.stop())
+    since = world.serve("--set", f"model.path={heavy}", "--set", "engine.flags.load-format=dummy")
+    world.ready()
+    world.say("throughput", ready_ms=ms(since), hidden=hidden, layers=world.args.heavy_layers)
+    compare(world, [("throughput", world.args.streams, world.args.tokens, 2 * world.args.rounds)])
+    world.check_gone("throughput", world.stop())
+
+
+def compare(world, loads):
     port, key = world.engine_door()
     ways = {"direct": (port, key), "through": (PUBLIC, None)}
     relay = None
@@ -437,8 +467,7 @@ def step_load(world):
     try:
         run_load(port, key, world.args.streams, 64)
         run_load(PUBLIC, None, world.args.streams, 64)
-        for label, streams, tokens, rounds in (("load", world.args.streams, world.args.tokens, world.args.rounds),
-                                               ("load alone", 1, 128, 5 * world.args.rounds)):
+        for label, streams, tokens, rounds in loads:
             turns = {name: [] for name in ways}
             for turn in range(rounds):
                 # Each begins a round as often as the others: whoever comes first finds another machine.
@@ -446,10 +475,10 @@ def step_load(world):
                 for name in names:
                     turns[name].append(run_load(*ways[name], streams, tokens))
             figures = {}
-            for what in ("ttft_p50_ms", "ttft_p99_ms", "gap_p50_ms", "gap_p99_ms", "gap_mean_ms", "events_per_s"):
+            for what in ("ttft_p50_ms", "ttft_p99_ms", "gap_p50_ms", "gap_p99_ms", "gap_mean_ms", "tokens_per_s"):
                 middle = {name: round(statistics.median(t[what] for t in taken), 3) for name, taken in turns.items()}
                 figures[what] = {**middle, "added": round(middle["through"] - middle["direct"], 3)}
-            ratios = [t["events_per_s"] / d["events_per_s"] for t, d in zip(turns["through"], turns["direct"])]
+            ratios = [t["tokens_per_s"] / d["tokens_per_s"] for t, d in zip(turns["through"], turns["direct"])]
             whole = all(t["whole"] == t["streams"] for taken in turns.values() for t in taken)
             world.say(label, streams=streams, tokens=tokens, rounds=rounds, every_stream_whole=whole,
                       throughput_ratio=round(statistics.median(ratios), 4), of_rounds=[round(r, 3) for r in ratios],
@@ -632,6 +661,9 @@ def main():
     parser.add_argument("--long", type=int, default=20000, help="tokens of a stream that is to last")
     parser.add_argument("--batch", type=int, default=32, help="streams that the engine runs at once")
     parser.add_argument("--prompt", type=int, default=5000, help="words of a prompt that takes long")
+    parser.add_argument("--model", default="/tmp/model", help="the tiny model, from which `throughput` makes a large one")
+    parser.add_argument("--heavy-hidden", type=int, default=4096)
+    parser.add_argument("--heavy-layers", type=int, default=32)
     parser.add_argument("--stranger-gb", type=int, default=40)
     args = parser.parse_args()
     world = World(args)

@@ -95,9 +95,13 @@ impl Front {
 
     /// The value of a line of the metrics page.
     pub fn metric(&self, line: &str) -> Option<f64> {
-        let page = self.proxy.metrics();
-        page.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(' ')?.parse().ok())
+        metric(&self.proxy.metrics(), line)
     }
+}
+
+/// The value of a line of a metrics page.
+pub fn metric(page: &str, line: &str) -> Option<f64> {
+    page.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(' ')?.parse().ok())
 }
 
 /// Ordinary timings but for how patient the proxy is with clients.
@@ -110,9 +114,14 @@ pub fn patience(change: impl FnOnce(&mut Patience)) -> Timings {
 /// A keys file of lines such as `("ci", "secret", "weight=2")`: a name, a key, what it is granted.
 pub fn keys_file(keys: &[(&str, &str, &str)]) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().unwrap();
-    let lines = keys.iter().map(|(name, key, granted)| format!("{name} {} {granted} # {name}\n", hashed(key)));
-    file.write_all(format!("# keys\n{}", lines.collect::<String>()).as_bytes()).unwrap();
+    file.write_all(keys_lines(keys).as_bytes()).unwrap();
     file
+}
+
+/// What stands in such a file.
+pub fn keys_lines(keys: &[(&str, &str, &str)]) -> String {
+    let lines = keys.iter().map(|(name, key, granted)| format!("{name} {} {granted} # {name}\n", hashed(key)));
+    format!("# keys\n{}", lines.collect::<String>())
 }
 
 /// Looks each 2 ms, for 10 s at most.

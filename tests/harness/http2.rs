@@ -225,7 +225,7 @@ impl Client {
                 Ok(0) => return None,
                 Ok(read) => self.unread.extend_from_slice(&buffer[..read]),
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                    panic!("nothing came for 20 s")
+                    panic!("nothing came for long")
                 }
                 Err(_) => return None,
             }

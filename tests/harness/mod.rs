@@ -9,6 +9,7 @@ pub mod front;
 pub mod hpack;
 pub mod http2;
 pub mod hub;
+pub mod malformed;
 pub mod pki;
 pub mod processes;
 pub mod scene;

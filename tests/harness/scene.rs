@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::client::{Answer, Client, get, post};
+use super::client::{Answer, Client, get, post, post_with};
 use super::daemon::{Daemon, Setup};
 
 /// For what takes a second or two on an idle machine; the tests' machine is never idle.
@@ -46,17 +46,27 @@ pub fn write_script(file: &Path, text: &str) {
     std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// A stream of so many tokens, as a request.
-pub fn stream_of(tokens: u32) -> String {
+/// What asks for a stream of so many tokens.
+pub fn stream_body(tokens: u32) -> String {
     let body = json!({"model": "small", "stream": true, "max_tokens": tokens, "ignore_eos": true,
         "messages": [{"role": "user", "content": "Tell me about the sea."}]});
-    post(CHAT, &body.to_string())
+    body.to_string()
+}
+
+/// A stream of so many tokens, as a request.
+pub fn stream_of(tokens: u32) -> String {
+    post(CHAT, &stream_body(tokens))
 }
 
 /// Opens a stream and reads its first token.
 pub fn open_stream(addr: SocketAddr, tokens: u32) -> Client {
+    open_stream_with(addr, "", tokens)
+}
+
+/// The same with more header lines, each ended by CRLF.
+pub fn open_stream_with(addr: SocketAddr, fields: &str, tokens: u32) -> Client {
     let mut client = Client::connect(addr);
-    client.send(stream_of(tokens)).until("\"content\"");
+    client.send(post_with(CHAT, fields, &stream_body(tokens))).until("\"content\"");
     client
 }
 

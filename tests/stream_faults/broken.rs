@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use sglangd::link::EngineState;
+use sglangd::link::{EngineState, Traffic};
 use sglangd::proxy::Timings;
 
 use super::CHAT;
@@ -188,4 +188,32 @@ fn d03_an_engine_that_hangs_in_mid_stream_is_given_up() {
     assert!(answer.text().contains("\"error\"") && !answer.text().contains("[DONE]"));
     eventually("the engine's connection is closed", || engine.closed() == 1);
     front.holds(0, 0);
+}
+
+/// The supervisor's verdict lives on the age of the last token and on who waits: what the proxy says itself
+/// meanwhile is neither.
+#[test]
+fn d03_the_verdict_hears_of_a_silent_stream_whatever_the_proxy_tells_its_client() {
+    let engine = Engine::start(|connection| {
+        connection.request();
+        connection.send(EVENTS);
+        connection.send(chunk("data: one\n\n"));
+        connection.until_closed();
+    });
+    let keep_alive = Duration::from_millis(40);
+    let timings = Timings { engine_silence: Duration::from_secs(2), keep_alive, ..Timings::default() };
+    let front = Front::with(&engine, settings(), timings);
+    let mut client = Client::connect(front.addr);
+    client.send(post(CHAT, "{}")).until_times(": keep-alive", 2);
+    let before = front.proxy.traffic();
+    client.until_times(": keep-alive", 6);
+    let now = front.proxy.traffic();
+    assert_eq!((before.in_flight, now.in_flight), (1, 1), "a request waits");
+    let age = |traffic: Traffic| Duration::from_millis(traffic.last_byte_ms.unwrap());
+    assert!(age(now) >= age(before) + 3 * keep_alive, "a comment counted as a token: {before:?} then {now:?}");
+    assert_eq!(client.answer().end, End::Broken);
+    front.holds(0, 0);
+    let given_up = front.proxy.traffic();
+    assert!(age(given_up) >= Duration::from_secs(2), "the error event counted as a token: {given_up:?}");
+    assert_eq!(given_up.upstream_errors, 1);
 }

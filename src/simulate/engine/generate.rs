@@ -1,4 +1,4 @@
-//! The three ways to ask the simulated engine for text: what a request may say, what it is answered.
+//! The ways to ask the simulated engine for text: what a request may say, what it is answered.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::http::{Answer, events, json as answer_json};
+use super::messages::{self, Block, Events, Head};
 use super::requests::{Engine, Request as Admitted};
 use super::speech;
 
@@ -21,10 +22,12 @@ pub const CONTEXT: u64 = 32_768;
 /// Events that wait for a slow reader before the stream's task waits too.
 const EVENTS: usize = 64;
 
-/// Which of the three answers a generation has.
+/// Which answer a generation has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shape {
     Chat,
+    /// Anthropic's.
+    Messages,
     Text,
     Native,
 }
@@ -35,6 +38,7 @@ pub enum Shape {
 struct Asked {
     model: Option<String>,
     messages: Option<Vec<Message>>,
+    system: Value,
     prompt: Option<Value>,
     text: Option<String>,
     rid: Option<String>,
@@ -45,6 +49,7 @@ struct Asked {
     stream_options: Option<StreamOptions>,
     sampling_params: Option<Sampling>,
     chat_template_kwargs: Option<Value>,
+    thinking: Value,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -95,9 +100,16 @@ impl Plan {
         json!({"prompt_tokens": self.prompt, "total_tokens": self.prompt + given, "completion_tokens": given,
             "prompt_tokens_details": null, "reasoning_tokens": reasoning, "completion_tokens_details": null})
     }
+
+    fn head(&self) -> Head {
+        Head { id: self.id.clone(), model: self.model.clone(), prompt: self.prompt }
+    }
 }
 
-fn refuse(message: &str, kind: &str) -> Response<Answer> {
+fn refuse(shape: Shape, message: &str, kind: &str) -> Response<Answer> {
+    if shape == Shape::Messages {
+        return messages::refuse(message);
+    }
     answer_json(
         StatusCode::BAD_REQUEST,
         &json!({"object": "error", "message": message, "type": kind, "param": null, "code": 400}),
@@ -105,28 +117,9 @@ fn refuse(message: &str, kind: &str) -> Response<Answer> {
 }
 
 pub async fn generate(engine: &Arc<Engine>, request: Request<Incoming>, shape: Shape) -> Response<Answer> {
-    let is_json = request
-        .headers()
-        .get(header::CONTENT_TYPE)
-        .and_then(|kind| kind.to_str().ok())
-        .is_some_and(|kind| kind.to_ascii_lowercase().starts_with("application/json"));
-    let Ok(body) = request.into_body().collect().await.map(http_body_util::Collected::to_bytes) else {
-        return refuse("There was an error parsing the body", "Bad Request");
-    };
-    if !is_json {
-        return refuse(
-            "1 validation error:\n  {'loc': ['header', 'content-type'], 'msg': \"Unsupported Media Type: Only 'application/json' is allowed\", 'type': 'value_error'}",
-            "Bad Request",
-        );
-    }
-    let asked: Asked = match serde_json::from_slice(&body) {
+    let asked = match asked(request, shape).await {
         Ok(asked) => asked,
-        Err(error) => {
-            return refuse(
-                &format!("1 validation error:\n  {{'type': 'json_invalid', 'msg': '{error}'}}"),
-                "Bad Request",
-            );
-        }
+        Err(refusal) => return *refusal,
     };
     let plan = match plan(engine, &asked, shape) {
         Ok(plan) => plan,
@@ -147,30 +140,65 @@ pub async fn generate(engine: &Arc<Engine>, request: Request<Incoming>, shape: S
     }
 }
 
+/// `/v1/messages/count_tokens`.
+pub async fn count_tokens(request: Request<Incoming>) -> Response<Answer> {
+    let asked = asked(request, Shape::Messages).await;
+    match asked.and_then(|asked| prompt(&asked, Shape::Messages)) {
+        Ok(prompt) => answer_json(StatusCode::OK, &json!({"input_tokens": speech::count(&prompt)})),
+        Err(refusal) => *refusal,
+    }
+}
+
+async fn asked(request: Request<Incoming>, shape: Shape) -> Result<Asked, Box<Response<Answer>>> {
+    let is_json = request
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .and_then(|kind| kind.to_str().ok())
+        .is_some_and(|kind| kind.to_ascii_lowercase().starts_with("application/json"));
+    let Ok(body) = request.into_body().collect().await.map(http_body_util::Collected::to_bytes) else {
+        return Err(Box::new(refuse(shape, "There was an error parsing the body", "Bad Request")));
+    };
+    if !is_json {
+        return Err(Box::new(refuse(
+            shape,
+            "1 validation error:\n  {'loc': ['header', 'content-type'], 'msg': \"Unsupported Media Type: Only 'application/json' is allowed\", 'type': 'value_error'}",
+            "Bad Request",
+        )));
+    }
+    serde_json::from_slice(&body).map_err(|error| {
+        let text = format!("1 validation error:\n  {{'type': 'json_invalid', 'msg': '{error}'}}");
+        Box::new(refuse(shape, &text, "Bad Request"))
+    })
+}
+
+/// The whole prompt as one text.
+fn prompt(asked: &Asked, shape: Shape) -> Result<String, Box<Response<Answer>>> {
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    Ok(match shape {
+        Shape::Chat | Shape::Messages => {
+            let messages = asked.messages.as_ref().ok_or_else(|| missing(shape, "messages"))?;
+            let system = Some(&asked.system).filter(|system| !system.is_null());
+            system.into_iter().chain(messages.iter().map(|m| &m.content)).map(text).collect::<Vec<_>>().join("\n")
+        }
+        Shape::Text => asked.prompt.as_ref().ok_or_else(|| missing(shape, "prompt"))?.to_string(),
+        Shape::Native => asked.text.clone().unwrap_or_default(),
+    })
+}
+
+fn missing(shape: Shape, field: &str) -> Box<Response<Answer>> {
+    let text =
+        format!("1 validation error:\n  {{'type': 'missing', 'loc': ('body', '{field}'), 'msg': 'Field required'}}");
+    Box::new(refuse(shape, &text, "Bad Request"))
+}
+
 fn plan(engine: &Engine, asked: &Asked, shape: Shape) -> Result<Plan, Box<Response<Answer>>> {
     static IDS: AtomicU64 = AtomicU64::new(1);
-    let missing = |field: &str| {
-        let text = format!(
-            "1 validation error:\n  {{'type': 'missing', 'loc': ('body', '{field}'), 'msg': 'Field required'}}"
-        );
-        Box::new(refuse(&text, "Bad Request"))
-    };
-    let prompt = match shape {
-        Shape::Chat => {
-            let messages = asked.messages.as_ref().ok_or_else(|| missing("messages"))?;
-            messages
-                .iter()
-                .map(|m| m.content.as_str().map_or_else(|| m.content.to_string(), str::to_owned))
-                .collect::<Vec<_>>()
-                .join("\n")
-        }
-        Shape::Text => asked.prompt.as_ref().ok_or_else(|| missing("prompt"))?.to_string(),
-        Shape::Native => asked.text.clone().unwrap_or_default(),
-    };
+    let prompt = prompt(asked, shape)?;
     let prompt_tokens = speech::count(&prompt);
     let sampling = asked.sampling_params.as_ref();
     let limit = match shape {
         Shape::Chat => asked.max_completion_tokens.or(asked.max_tokens),
+        Shape::Messages => Some(asked.max_tokens.ok_or_else(|| missing(shape, "max_tokens"))?),
         Shape::Text => asked.max_tokens.or(Some(16)),
         Shape::Native => sampling.and_then(|s| s.max_new_tokens).or(Some(128)),
     };
@@ -178,7 +206,7 @@ fn plan(engine: &Engine, asked: &Asked, shape: Shape) -> Result<Plan, Box<Respon
     if prompt_tokens > context {
         let text =
             format!("The input ({prompt_tokens} tokens) is longer than the model's context length ({context} tokens).");
-        return Err(Box::new(refuse(&text, "BadRequestError")));
+        return Err(Box::new(refuse(shape, &text, "BadRequestError")));
     }
     if let Some(limit) = limit
         && prompt_tokens + limit > context
@@ -187,13 +215,15 @@ fn plan(engine: &Engine, asked: &Asked, shape: Shape) -> Result<Plan, Box<Respon
             "Requested token count exceeds the model's maximum context length of {context} tokens. You requested a total of {} tokens: {prompt_tokens} tokens from the input messages and {limit} tokens for the completion. Please reduce the number of tokens in the input messages or the completion to fit within the limit.",
             prompt_tokens + limit
         );
-        return Err(Box::new(refuse(&text, "BadRequestError")));
+        return Err(Box::new(refuse(shape, &text, "BadRequestError")));
     }
     let said = speech::answer(&prompt);
-    let off = asked.chat_template_kwargs.as_ref().is_some_and(|kwargs| {
-        ["thinking", "enable_thinking"].iter().any(|name| kwargs.get(name) == Some(&Value::Bool(false)))
-    });
-    let thinks = shape == Shape::Chat && !off && engine.args.one("reasoning-parser").is_some();
+    let off = asked.thinking["type"] == "disabled"
+        || asked.chat_template_kwargs.as_ref().is_some_and(|kwargs| {
+            ["thinking", "enable_thinking"].iter().any(|name| kwargs.get(name) == Some(&Value::Bool(false)))
+        });
+    let thinks =
+        matches!(shape, Shape::Chat | Shape::Messages) && !off && engine.args.one("reasoning-parser").is_some();
     let reasoning = if thinks { speech::tokens(said.reasoning) } else { Vec::new() };
     let content = speech::tokens(said.content);
     let natural = (reasoning.len() + content.len()) as u64;
@@ -241,6 +271,7 @@ async fn stream(mut admitted: Admitted, plan: Plan, shape: Shape, pieces: mpsc::
     }
     let mut given = 0;
     let mut so_far = String::new();
+    let mut blocks = Events::new(plan.head());
     let mut finish = plan.finish;
     while given < plan.total {
         let tokens = tokio::select! {
@@ -255,15 +286,16 @@ async fn stream(mut admitted: Admitted, plan: Plan, shape: Shape, pieces: mpsc::
             let (piece, thought) = plan.piece(given);
             given += 1;
             let chunk = match shape {
-                Shape::Chat if thought => chat_chunk(&plan, &json!({"reasoning_content": piece}), None),
-                Shape::Chat => chat_chunk(&plan, &json!({"reasoning_content": null, "content": piece}), None),
-                Shape::Text => text_chunk(&plan, piece, None),
+                Shape::Chat if thought => event(&chat_chunk(&plan, &json!({"reasoning_content": piece}), None)),
+                Shape::Chat => event(&chat_chunk(&plan, &json!({"reasoning_content": null, "content": piece}), None)),
+                Shape::Messages => blocks.piece(piece, if thought { Block::Thinking } else { Block::Text }),
+                Shape::Text => event(&text_chunk(&plan, piece, None)),
                 Shape::Native => {
                     so_far.push_str(piece);
-                    native(&plan, &so_far, given, None)
+                    event(&native(&plan, &so_far, given, None))
                 }
             };
-            if pieces.send(event(&chunk)).await.is_err() {
+            if pieces.send(chunk).await.is_err() {
                 return;
             }
         }
@@ -273,6 +305,11 @@ async fn stream(mut admitted: Admitted, plan: Plan, shape: Shape, pieces: mpsc::
     }
     let last = match shape {
         Shape::Chat => chat_chunk(&plan, &json!({"reasoning_content": null}), Some(finish)),
+        Shape::Messages => {
+            // Anthropic's streams have no `[DONE]`.
+            let _ = pieces.send(blocks.end(given, finish)).await;
+            return;
+        }
         Shape::Text => text_chunk(&plan, "", Some(finish)),
         Shape::Native => native(&plan, &so_far, given, Some(finish)),
     };
@@ -319,6 +356,7 @@ fn whole(shape: Shape, plan: &Plan, given: u64, finish: &str) -> Value {
                     "logprobs": null, "finish_reason": finish, "matched_stop": null}],
                 "usage": plan.usage(given), "metadata": versions})
         }
+        Shape::Messages => plan.head().whole(&said(true), &said(false), given, finish),
         Shape::Text => json!({"id": plan.id, "object": "text_completion", "created": plan.created, "model": plan.model,
             "choices": [{"index": 0, "text": said(false), "logprobs": null, "finish_reason": finish, "matched_stop": null}],
             "usage": plan.usage(given), "metadata": versions}),

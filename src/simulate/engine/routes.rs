@@ -8,7 +8,7 @@ use hyper::body::Incoming;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::generate::{Shape, generate};
+use super::generate::{Shape, count_tokens, generate};
 use super::http::{Answer, empty, json as answer_json, text};
 use super::knobs::Fault;
 use super::requests::{Engine, Status};
@@ -46,6 +46,14 @@ pub async fn route(engine: &Arc<Engine>, request: Request<Incoming>) -> Response
         "/v1/chat/completions" => match allowed(post, "POST") {
             Some(refused) => refused,
             None => generate(engine, request, Shape::Chat).await,
+        },
+        "/v1/messages" => match allowed(post, "POST") {
+            Some(refused) => refused,
+            None => generate(engine, request, Shape::Messages).await,
+        },
+        "/v1/messages/count_tokens" => match allowed(post, "POST") {
+            Some(refused) => refused,
+            None => count_tokens(request).await,
         },
         "/v1/completions" => match allowed(post, "POST") {
             Some(refused) => refused,
