@@ -43,7 +43,7 @@ async fn idle_connections_are_kept_for_a_minute_and_the_last_ends_the_watch() {
             let (ours, theirs) = engine.connection().await;
             pool.keep(ours, engine.address);
             settle(&pool, 1).await;
-            advance(IDLE - Duration::from_millis(1)).await;
+            advance(IDLE.saturating_sub(Duration::from_millis(1))).await;
             let Connection { stream, history } = pool.take(engine.address, Repeat::Possible).expect("still kept");
             assert_eq!(history, History::Reused);
             pool.keep(stream, engine.address);
