@@ -18,7 +18,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("engine", &["config"]),
     ("weights", &["config"]),
     ("launch", &["sys", "engine"]),
-    ("proxy", &["link", "admission", "keys"]),
+    ("proxy", &["link", "admission", "keys", "sys"]),
     ("simulate", &["config", "engine", "observe", "weights"]),
     (
         "supervisor",

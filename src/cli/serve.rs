@@ -56,7 +56,7 @@ pub fn run(mut args: ServeArgs) -> Exit {
             return Exit::Config;
         }
     };
-    let _log = logging::init(loaded.config.observe.format, &loaded.config.observe.level);
+    let _log = logging::init(loaded.config.observe.format, &loaded.config.observe.level, logging::RING);
     if let Err(complaint) = engine_is_possible(&loaded, &folders, color) {
         eprint!("{complaint}");
         return Exit::Config;
