@@ -124,7 +124,7 @@ pub fn run(args: FetchArgs) -> Exit {
     };
     crate::sys::memory::share_heaps();
     let stepped_back = step_back(&request.tuning);
-    let _log = logging::init(LogFormat::Text, show.log_level());
+    let _log = logging::init(LogFormat::Text, show.log_level(), logging::RING);
     if let Err(error) = stepped_back {
         // Fetching matters more than how politely.
         tracing::warn!(%error, "weights.nice or weights.ioprio could not be set");

@@ -16,8 +16,9 @@ use super::exit::Exit;
 use super::public_socket;
 use crate::config::{Color, Config, LogFormat, Needs, Sources, WhenMissing, load};
 use crate::link::{EngineState, EngineView, ProxySettings, Upstream};
+use crate::observe::logging;
 use crate::proxy::{CERTIFICATE_LOOK, Listener, Proxy, Supervision, Timings, linked};
-use crate::sys::{fd, seccomp};
+use crate::sys::{fd, memory, seccomp};
 
 #[derive(Debug, Args)]
 pub struct ProxyArgs {
@@ -99,7 +100,7 @@ pub fn run(args: ProxyArgs) -> Exit {
         _ => LogFormat::Text,
     };
     let level = said("SGLANGD_OBSERVE_LEVEL").unwrap_or_else(|| "info".into());
-    let _log = crate::observe::logging::init(format, &level);
+    let _log = logging::init(format, &level, logging::SMALL_RING);
     take_descriptors();
     let outcome = match args.link_fd {
         Some(link) => run_linked(link, &args.listen_fd),
@@ -137,6 +138,7 @@ fn run_linked(link: RawFd, listeners: &[RawFd]) -> anyhow::Result<Exit> {
     if let Err(error) = seccomp::forbid_exec() {
         tracing::warn!("the proxy keeps the right to execute programs: {error}");
     }
+    memory::let_go_of_start();
     linked(listeners, link)?;
     Ok(Exit::Ok)
 }
@@ -161,6 +163,7 @@ fn run_alone(args: &ProxyArgs) -> anyhow::Result<Exit> {
         );
     }
     tracing::info!(engine = %upstream, "proxying");
+    memory::let_go_of_start();
     runtime.block_on(until_stopped(&mut proxy, signals, Duration::from_secs(args.grace), &args.config));
     proxy.close();
     drop(names);

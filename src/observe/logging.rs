@@ -15,8 +15,10 @@ use tracing_subscriber::fmt::time::FormatTime;
 use super::journal::{Entry, Journal};
 use crate::config::LogFormat;
 
-/// Lines that may wait to be written: some MiB at worst, minutes of normal logging.
-const RING: usize = 16_384;
+/// Lines that may wait to be written: some MiB at worst, minutes of normal logging. Half a MiB without a line.
+pub const RING: usize = 16_384;
+/// The same for the proxy, which says little: a sixteenth of the room.
+pub const SMALL_RING: usize = 1024;
 
 /// h2 warns of what clients do wrong, a line a frame: nobody may fill a log from outside. What is said
 /// behind it wins, so that `h2=debug` can still be asked for.
@@ -47,10 +49,10 @@ fn filter(level: &str) -> EnvFilter {
 /// Installs the logger of this process. Called once, by a subcommand, before anything logs; a second
 /// call changes nothing. What is still in the ring is written when the guard is dropped.
 #[must_use = "lines still in the ring are lost when the guard is dropped early"]
-pub fn init(format: LogFormat, level: &str) -> WorkerGuard {
+pub fn init(format: LogFormat, level: &str, lines: usize) -> WorkerGuard {
     // Without a journal, people may still read the lines.
     let journal = (format == LogFormat::Journald).then(Journal::open);
-    let ring = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(RING).thread_name("log");
+    let ring = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(lines).thread_name("log");
     let (missing, (writer, guard)) = match journal {
         Some(Ok(journal)) => (None, ring.finish(journal)),
         Some(Err(error)) => (Some(error), ring.finish(std::io::stderr())),

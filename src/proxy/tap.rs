@@ -214,6 +214,27 @@ impl Tap {
         Passed::Some
     }
 
+    /// Reads of a body with a length straight to where hyper wants it: nothing in it is judged, so its bytes need
+    /// not pass through the worker's buffer. None: it is not the time for that.
+    fn poll_body(&mut self, cx: &mut Context<'_>, out: &mut ReadBufCursor<'_>) -> Option<Poll<io::Result<()>>> {
+        let left = self.checker.left_of_body()?;
+        if !self.held.is_empty() || out.remaining() == 0 {
+            return None;
+        }
+        // Never beyond the body's end: what stands there is judged.
+        let most = usize::try_from(left).map_or(out.remaining(), |left| left.min(out.remaining()));
+        let read = match self.wire.in_clear()?.poll_receive(cx, out, most) {
+            Poll::Pending => return Some(Poll::Pending),
+            Poll::Ready(Err(error)) => return Some(Poll::Ready(Err(error))),
+            Poll::Ready(Ok(read)) => read,
+        };
+        if read == 0 {
+            self.wire.end();
+        }
+        self.checker.passed_of_body(read);
+        Some(Poll::Ready(Ok(())))
+    }
+
     /// Starts, keeps or ends the clock of a head. Ready when it has run out.
     fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<Waiting> {
         let now = match (self.checker.between_requests(), self.held.is_empty()) {
@@ -289,6 +310,9 @@ impl Read for Tap {
                     this.wire.work();
                     return Poll::Ready(Ok(()));
                 }
+            }
+            if let Some(read) = this.poll_body(cx, &mut out) {
+                return read;
             }
             let room = if this.checker.between_requests() { READ_BUFFER } else { out.remaining() };
             let read = with_buffer(|buffer| {
@@ -384,3 +408,6 @@ impl Write for Tap {
         this.poll_stall(cx, written)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -151,6 +151,14 @@ impl Wire {
         }
     }
 
+    /// The socket, where its bytes are the client's own.
+    pub fn in_clear(&self) -> Option<&Socket> {
+        match &self.layer {
+            Layer::None => Some(&self.socket),
+            Layer::Tls(_) => None,
+        }
+    }
+
     pub fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match &self.layer {
             Layer::None => self.socket.poll_write(cx, bytes),

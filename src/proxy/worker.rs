@@ -49,6 +49,10 @@ use crate::link::Http2;
 pub const ONE_TOO_MANY: Duration = Duration::from_secs(1);
 /// Of which its client may take so long to close.
 pub const ONE_TOO_MANY_CLOSE: Duration = Duration::from_millis(100);
+/// What hyper may read at once of a body, and keep of an answer in one piece.
+const BODY_READ: usize = 192 * 1024;
+// Heads are the tap's to judge.
+const _: () = assert!(BODY_READ > MAX_HEAD + 1024);
 /// Connections of one worker that are told so at once. Any more are closed without a word.
 const TOO_MANY: usize = 32;
 
@@ -83,7 +87,7 @@ impl Worker {
         let mut http = http1::Builder::new();
         // The head's clock, its lines (100, as hyper's default) and its size are the tap's, which can
         // say why; hyper's own stand a little behind. Half-closed connections are `poll_left`'s.
-        http.half_close(true).header_read_timeout(None).max_buf_size(MAX_HEAD + 1024).auto_date_header(true);
+        http.half_close(true).header_read_timeout(None).max_buf_size(BODY_READ).auto_date_header(true);
         Rc::new(Self {
             engine_silence: shared.timings.engine_silence,
             shared,

@@ -1,8 +1,15 @@
-//! How the C library keeps freed memory.
+//! How much memory this process keeps: of what it freed, and of its own file.
 //!
 //! # Safety contract
 //! `mallopt` takes two integers; glibc allows it at any time, and it touches no memory of ours.
+//! `dl_iterate_phdr` gives each callback the headers of a loaded file, valid while it runs. Only segments that the
+//! file says are never written to are let go of: their pages are the file's own, and come again from it when they
+//! are touched. What the loader wrote to (RELRO) lies in a segment that the file calls writable.
 #![allow(unsafe_code)]
+
+use std::ffi::{c_int, c_void};
+
+use nix::libc;
 
 /// Threads share two heaps, in place of one each that only its own threads fill again: for a process that hands
 /// buffers from thread to thread. To be called before there are threads; elsewhere than with glibc it does nothing.
@@ -10,6 +17,47 @@ pub fn share_heaps() {
     #[cfg(target_env = "gnu")]
     // SAFETY: see the contract at the top.
     unsafe {
-        nix::libc::mallopt(nix::libc::M_ARENA_MAX, 2);
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+    }
+}
+
+/// Lets go of what is in memory of program and libraries: most of it only the start needed, relocations, help texts
+/// and the code that reads settings, and what is near to that. What is touched again is there again, a few pages
+/// of it at a time, from the kernel's cache.
+pub fn let_go_of_start() {
+    // SAFETY: see the contract at the top; `each` does not unwind.
+    unsafe { libc::dl_iterate_phdr(Some(each), std::ptr::null_mut()) };
+}
+
+unsafe extern "C" fn each(file: *mut libc::dl_phdr_info, _size: usize, _nothing: *mut c_void) -> c_int {
+    // SAFETY: the loader's own description of a file, valid until this returns, as are its headers.
+    let (file, headers) = unsafe {
+        let file = &*file;
+        (file, std::slice::from_raw_parts(file.dlpi_phdr, usize::from(file.dlpi_phnum)))
+    };
+    let unchanging = |header: &&libc::Elf64_Phdr| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_W == 0;
+    for header in headers.iter().filter(unchanging) {
+        let begin = file.dlpi_addr + header.p_vaddr;
+        let (from, to) = (begin & !(PAGE - 1), (begin + header.p_memsz).next_multiple_of(PAGE));
+        // SAFETY: pages of a segment that is never written to; a failure leaves them as they are.
+        unsafe { libc::madvise(from as *mut c_void, (to - from) as usize, libc::MADV_DONTNEED) };
+    }
+    0
+}
+
+/// The least page: where pages are larger, what is not aligned to them is refused, and stays.
+const PAGE: u64 = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn program_and_constants_are_what_they_were() {
+        static WORDS: [&str; 3] = ["one", "two", "three"];
+        let before = WORDS.concat();
+        let_go_of_start();
+        assert_eq!(WORDS.concat(), before);
+        assert_eq!(format!("{WORDS:?}"), r#"["one", "two", "three"]"#);
     }
 }

@@ -8,5 +8,6 @@ pub mod fd;
 pub mod memory;
 pub mod priority;
 pub mod proc;
+pub mod receive;
 pub mod seccomp;
 pub mod spawn;

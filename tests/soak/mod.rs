@@ -56,6 +56,8 @@ async fn half_an_hour_of_everything_loses_nothing_and_hides_nothing() {
         .set("auth.keys_file", keys.to_str().unwrap())
         .set("limits.max", &MAX.to_string())
         .set("restart.max", "1000")
+        // A death each minute is a crash loop, whose pauses would double up to a minute.
+        .set("restart.backoff_max", "1s")
         .set("engine.tp", "2")
         .start();
     let first = daemon.is_ready(SOON).await;

@@ -3,7 +3,7 @@
 use super::CHAT;
 use crate::harness::client::{Client, post};
 use crate::harness::engine::{Engine, json};
-use crate::harness::front::{Front, eventually};
+use crate::harness::front::Front;
 
 #[test]
 fn a_request_that_meets_the_end_of_a_kept_connection_is_said_again() {
@@ -38,17 +38,4 @@ fn a_request_whose_body_is_gone_is_not_said_again() {
     assert_eq!(client.send(post(CHAT, "{}")).answer().status, 200);
     assert_eq!(client.send(post(CHAT, &"x".repeat(200_000))).answer().status, 502);
     assert_eq!(engine.connections(), 1);
-}
-
-#[test]
-fn kept_connections_are_dropped_before_the_engine_drops_them() {
-    let engine = Engine::start(|connection| {
-        connection.request();
-        connection.send(json("200 OK", "{}"));
-        connection.until_closed();
-    });
-    let front = Front::of(&engine);
-    assert_eq!(Client::ask(front.addr, post(CHAT, "{}")).status, 200);
-    assert_eq!(engine.closed(), 0);
-    eventually("the idle connection is dropped", || engine.closed() == 1);
 }

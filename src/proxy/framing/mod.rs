@@ -126,6 +126,22 @@ impl Checker {
         matches!(self.at, At::Length(_) | At::Chunk(_))
     }
 
+    /// How much is to come of a body with a length: in it there is nothing to judge.
+    pub fn left_of_body(&self) -> Option<u64> {
+        match self.at {
+            At::Length(left) => Some(left),
+            _ => None,
+        }
+    }
+
+    /// So many bytes of a body with a length have passed unseen: no more than [`Self::left_of_body`].
+    pub fn passed_of_body(&mut self, passed: usize) {
+        if let At::Length(left) = self.at {
+            let left = left.saturating_sub(passed as u64);
+            self.at = if left == 0 { At::Head } else { At::Length(left) };
+        }
+    }
+
     /// Judges `bytes`, of which at most `room` can be passed on now. `Pass(n)` has consumed `n`.
     pub fn step(&mut self, bytes: &[u8], room: usize) -> Step {
         if self.at == At::Head {
@@ -153,8 +169,7 @@ impl Checker {
             }
             At::Length(left) => {
                 let passed = usize::try_from(left).map_or(visible.len(), |left| left.min(visible.len()));
-                let left = left - passed as u64;
-                self.at = if left == 0 { At::Head } else { At::Length(left) };
+                self.passed_of_body(passed);
                 Step::Pass(passed)
             }
             At::Chunk(chunk) => self.chunks(chunk, visible),

@@ -5,18 +5,23 @@
 
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd as _, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
 use std::task::{Context, Poll, ready};
 
+use hyper::rt::ReadBufCursor;
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::Interest;
 use tokio::net::{TcpStream, UnixStream};
+
+use crate::sys::receive::receive;
 
 /// What tokio's sockets have in common and no trait of tokio's says.
 pub trait Ends {
     fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
     fn poll_write_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
     fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize>;
+    /// The same, at most `most` bytes, into memory that nobody has written to.
+    fn try_receive(&self, out: &mut ReadBufCursor<'_>, most: usize) -> io::Result<usize>;
     /// Forgets the readiness to be read, until the kernel reports it again.
     fn forget_readiness(&self);
 }
@@ -33,6 +38,9 @@ macro_rules! ends {
             fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
                 <$stream>::try_read(self, buffer)
             }
+            fn try_receive(&self, out: &mut ReadBufCursor<'_>, most: usize) -> io::Result<usize> {
+                self.try_io(Interest::READABLE, || receive(self.as_fd(), out, most))
+            }
             fn forget_readiness(&self) {
                 let _: io::Result<()> = self.try_io(Interest::READABLE, || Err(io::ErrorKind::WouldBlock.into()));
             }
@@ -45,11 +53,21 @@ ends!(TcpStream, UnixStream);
 /// empty then, and asking it again would be a system call for nothing (edge-triggered epoll reports
 /// whatever comes later).
 pub fn poll_read_once(stream: &impl Ends, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+    let most = buffer.len();
+    poll_read_with(stream, cx, most, |stream| stream.try_read(buffer))
+}
+
+fn poll_read_with<S: Ends>(
+    stream: &S,
+    cx: &mut Context<'_>,
+    most: usize,
+    mut read: impl FnMut(&S) -> io::Result<usize>,
+) -> Poll<io::Result<usize>> {
     loop {
         ready!(stream.poll_read_ready(cx))?;
-        match stream.try_read(buffer) {
+        match read(stream) {
             Ok(read) => {
-                if read > 0 && read < buffer.len() {
+                if read > 0 && read < most {
                     stream.forget_readiness();
                 }
                 return Poll::Ready(Ok(read));
@@ -86,6 +104,19 @@ impl Socket {
         match self {
             Self::Tcp(stream) => poll_read_once(stream, cx, buffer),
             Self::Unix(stream) => poll_read_once(stream, cx, buffer),
+        }
+    }
+
+    /// Reads once, at most `most` bytes, into memory that nobody has written to.
+    pub fn poll_receive(
+        &self,
+        cx: &mut Context<'_>,
+        out: &mut ReadBufCursor<'_>,
+        most: usize,
+    ) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Tcp(stream) => poll_read_with(stream, cx, most, |stream| stream.try_receive(out, most)),
+            Self::Unix(stream) => poll_read_with(stream, cx, most, |stream| stream.try_receive(out, most)),
         }
     }
 

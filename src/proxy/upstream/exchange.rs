@@ -21,7 +21,8 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::head::{self, BadHead, Head, Reuse};
-use super::{Connection, History, Pool, connect};
+use super::sending::{Fault as SendFault, send};
+use super::{Connection, History, Pool, Repeat, connect};
 use crate::proxy::call::Call;
 use crate::proxy::headers::BodyFraming;
 use crate::proxy::line::{Lost, Upload};
@@ -70,7 +71,7 @@ pub struct Outgoing {
     /// Is told whether it asks for a stream.
     call: Rc<Call>,
     body: Upload,
-    framing: BodyFraming,
+    pub(super) framing: BodyFraming,
     max: u64,
     patience: Duration,
     taken: u64,
@@ -171,6 +172,15 @@ impl Outgoing {
         last.extend_from_slice(data);
     }
 
+    /// Whether the whole request can be said again, however much of it is sent by then.
+    fn repeat(&self) -> Repeat {
+        match self.framing {
+            BodyFraming::None => Repeat::Possible,
+            BodyFraming::Length(length) if length <= KEPT as u64 => Repeat::Possible,
+            BodyFraming::Length(_) | BodyFraming::Chunked => Repeat::No,
+        }
+    }
+
     /// Starts over on another connection, if nothing that was sent is lost.
     fn rewind(&mut self) -> Option<()> {
         self.kept.as_ref()?;
@@ -194,7 +204,7 @@ impl Outgoing {
     }
 
     /// The next piece for the present connection, with a clock on the client.
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyFault>>> {
+    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyFault>>> {
         if let Some(kept) = &self.kept
             && let Some(piece) = kept.get(self.replayed)
         {
@@ -260,7 +270,7 @@ impl Outgoing {
     }
 
     /// Whether nothing is left to send on the present connection.
-    fn is_sent(&self) -> bool {
+    pub(super) fn is_sent(&self) -> bool {
         self.end == End::Reached
             && self.ahead.is_empty()
             && self.kept.as_ref().is_none_or(|kept| self.replayed >= kept.len())
@@ -306,7 +316,7 @@ pub async fn exchange(
     head: &[u8],
     body: &mut Outgoing,
 ) -> Result<Answered, Failure> {
-    let mut connection = pool.take(engine);
+    let mut connection = pool.take(engine, body.repeat());
     let since = Instant::now();
     loop {
         let Connection { stream, history } = if let Some(connection) = connection.take() {
@@ -315,7 +325,7 @@ pub async fn exchange(
             counters.upstream_connects.fetch_add(1, Relaxed);
             connect(engine).await.map_err(Failure::Unreachable)?
         };
-        match attempt(stream, (method, upgrade), head, body).await {
+        match attempt(stream, history, (method, upgrade), head, body).await {
             Ok(answered) => return Ok(answered),
             Err(Broke { failure: Failure::Broken(_), answer: Begun::No })
                 if history == History::Reused && since.elapsed() < RACE && body.rewind().is_some() =>
@@ -346,13 +356,9 @@ impl From<BodyFault> for Broke {
     }
 }
 
-enum SendFault {
-    Engine(io::Error),
-    Client(BodyFault),
-}
-
 async fn attempt(
     stream: TcpStream,
+    history: History,
     asked: (&Method, Upgrade),
     head: &[u8],
     body: &mut Outgoing,
@@ -360,7 +366,7 @@ async fn attempt(
     let mut answer = Answer { bytes: Vec::new(), begun: Begun::No };
     let (outcome, sent) = {
         let mut reading = pin!(poll_fn(|cx| answer.poll_head(&stream, cx, asked)));
-        let sending = pin!(send(&stream, head, body));
+        let sending = pin!(send(&stream, history, head, body));
         tokio::select! {
             biased;
             sent = sending => match sent {
@@ -432,58 +438,4 @@ fn whole(mut bytes: &[u8], (method, upgrade): (&Method, Upgrade)) -> Result<Opti
             _ => return Ok(Some((head, rest.to_vec()))),
         }
     }
-}
-
-async fn send(stream: &TcpStream, head: &[u8], body: &mut Outgoing) -> Result<(), SendFault> {
-    let mut prefix: Vec<u8> = Vec::new();
-    let mut head = Some(head);
-    loop {
-        // The first piece goes out with the head where it is there already.
-        let piece = match &head {
-            Some(_) => poll_fn(|cx| Poll::Ready(body.poll_next(cx))).await,
-            None => Poll::Ready(poll_fn(|cx| body.poll_next(cx)).await),
-        };
-        let chunked = body.framing == BodyFraming::Chunked;
-        let first = head.take().unwrap_or_default();
-        match piece {
-            Poll::Pending => write(stream, [first, b"", b"", b""]).await?,
-            Poll::Ready(Some(Err(fault))) => return Err(SendFault::Client(fault)),
-            Poll::Ready(Some(Ok(data))) if chunked => {
-                use std::io::Write as _;
-                prefix.clear();
-                // Writing into a Vec does not fail.
-                let _ = write!(prefix, "{:x}\r\n", data.len());
-                write(stream, [first, &prefix, &data, b"\r\n"]).await?;
-            }
-            Poll::Ready(Some(Ok(data))) => write(stream, [first, &data, b"", b""]).await?,
-            Poll::Ready(None) => {
-                let end: &[u8] = if chunked { b"0\r\n\r\n" } else { b"" };
-                return write(stream, [first, end, b"", b""]).await;
-            }
-        }
-        if !chunked && body.is_sent() {
-            return Ok(());
-        }
-    }
-}
-
-async fn write(stream: &TcpStream, mut parts: [&[u8]; 4]) -> Result<(), SendFault> {
-    while parts.iter().any(|part| !part.is_empty()) {
-        let slices = parts.map(io::IoSlice::new);
-        let mut written = match stream.try_write_vectored(&slices) {
-            Ok(0) => return Err(SendFault::Engine(io::ErrorKind::WriteZero.into())),
-            Ok(written) => written,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                stream.writable().await.map_err(SendFault::Engine)?;
-                continue;
-            }
-            Err(error) => return Err(SendFault::Engine(error)),
-        };
-        for part in &mut parts {
-            let gone = written.min(part.len());
-            *part = &part[gone..];
-            written -= gone;
-        }
-    }
-    Ok(())
 }

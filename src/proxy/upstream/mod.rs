@@ -7,20 +7,29 @@ pub mod ask;
 pub mod decode;
 pub mod exchange;
 pub mod head;
+mod sending;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::future::{Future as _, poll_fn};
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::rc::Rc;
-use std::task::{Context, Waker};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use nix::libc;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
-/// Idle connections are dropped this long after their last answer: the engine (uvicorn) closes them
-/// after 5 s, and a request that meets the close has to be said again.
-const IDLE: Duration = Duration::from_secs(3);
+/// No engine closes a connection that was idle for less: uvicorn, SGLang's server, waits 5 s.
+const YOUNG: Duration = Duration::from_secs(3);
+/// Idle connections are kept for this long, unless the engine is seen to close them sooner.
+const IDLE: Duration = Duration::from_mins(1);
+/// So much sooner than the engine they are then dropped: a request that meets the close has to be said again.
+const MARGIN: Duration = Duration::from_secs(1);
 /// A loopback connect takes microseconds; one that does not is a full listen queue.
 const CONNECT: Duration = Duration::from_secs(1);
 /// Idle connections kept by a worker: more than any sane `limits.max` shares out to one.
@@ -46,28 +55,59 @@ pub enum History {
     Reused,
 }
 
-/// The idle connections of one worker, newest last.
-#[derive(Default)]
+/// What becomes of a request whose connection the engine closes just as it is said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Repeat {
+    /// It can be said again on another one.
+    Possible,
+    /// It is lost: it is to have a connection that the engine does not close.
+    No,
+}
+
+/// The idle connections of one worker, newest last. Each tells the task that lets them go when the engine
+/// closes it, so none stays half closed, and none of those is ever taken.
 pub struct Pool {
     idle: RefCell<Vec<Idle>>,
+    /// How long they are kept.
+    limit: Cell<Duration>,
+    sweeper: RefCell<Sweeper>,
+}
+
+/// The task that lets connections go.
+enum Sweeper {
+    /// There is nothing to let go.
+    None,
+    Begins,
+    Waits(Waker),
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self { idle: RefCell::default(), limit: Cell::new(IDLE), sweeper: RefCell::new(Sweeper::None) }
+    }
 }
 
 impl std::fmt::Debug for Pool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pool").field("idle", &self.idle.borrow().len()).finish()
+        f.debug_struct("Pool").field("idle", &self.idle.borrow().len()).finish_non_exhaustive()
     }
 }
 
 impl Pool {
     /// The connection used last, if it is still good: the others then age and go.
-    pub fn take(&self, engine: SocketAddr) -> Option<Connection> {
+    pub fn take(&self, engine: SocketAddr, repeat: Repeat) -> Option<Connection> {
         let mut idle = self.idle.borrow_mut();
-        while let Some(Idle { stream, engine: peer, since }) = idle.pop() {
-            if peer == engine && since.elapsed() < IDLE && is_quiet(&stream) {
+        loop {
+            let age = idle.last()?.since.elapsed();
+            if repeat == Repeat::No && age >= YOUNG {
+                // It is good for somebody else.
+                return None;
+            }
+            let Idle { stream, engine: peer, .. } = idle.pop()?;
+            if peer == engine && age < self.limit.get() && is_quiet(&stream, age) {
                 return Some(Connection { stream, history: History::Reused });
             }
         }
-        None
     }
 
     /// Keeps a connection whose answer was read to its end.
@@ -76,44 +116,104 @@ impl Pool {
         if idle.len() >= KEPT {
             return;
         }
-        let first = idle.is_empty();
-        idle.push(Idle { stream, engine, since: Instant::now() });
-        if first {
-            tokio::task::spawn_local(Rc::clone(self).sweep());
+        let mut sweeper = self.sweeper.borrow_mut();
+        match &*sweeper {
+            Sweeper::None => {
+                tokio::task::spawn_local(Rc::clone(self).sweep());
+                *sweeper = Sweeper::Begins;
+            }
+            // It will ask for this one's end as well.
+            Sweeper::Begins => {}
+            // Whether it is good is asked when it is taken.
+            Sweeper::Waits(waker) => drop(stream.poll_read_ready(&mut Context::from_waker(waker))),
         }
+        idle.push(Idle { stream, engine, since: Instant::now() });
     }
 
-    /// Ends with the last idle connection, so that an idle proxy has no timer.
+    /// Lets connections go when their time has come or the engine closes them. Ends with the last one, so that
+    /// an idle proxy has no timer.
     async fn sweep(self: Rc<Self>) {
-        loop {
-            sleep(IDLE / 3).await;
-            let mut idle = self.idle.borrow_mut();
-            idle.retain(|kept| kept.since.elapsed() < IDLE);
-            if idle.is_empty() {
-                return;
+        let mut timer = pin!(sleep_until(Instant::now() + self.limit.get()));
+        poll_fn(|cx| {
+            self.sweeper.replace(Sweeper::Waits(cx.waker().clone()));
+            loop {
+                let Some(oldest) = self.let_go(cx) else {
+                    self.sweeper.replace(Sweeper::None);
+                    return Poll::Ready(());
+                };
+                timer.as_mut().reset(oldest + self.limit.get());
+                if timer.as_mut().poll(cx).is_pending() {
+                    return Poll::Pending;
+                }
             }
-        }
+        })
+        .await;
+    }
+
+    /// Drops what is to go, and asks the rest to tell. Since when the oldest of them is idle.
+    fn let_go(&self, cx: &mut Context<'_>) -> Option<Instant> {
+        let mut idle = self.idle.borrow_mut();
+        idle.retain(|kept| {
+            let age = kept.since.elapsed();
+            if age >= self.limit.get() {
+                return false;
+            }
+            let open = kept.stream.poll_read_ready(cx).is_pending();
+            if !open && age >= YOUNG {
+                // So long the engine keeps them, and the next ones as well.
+                self.limit.set((age.saturating_sub(MARGIN)).max(YOUNG).min(self.limit.get()));
+            }
+            open
+        });
+        idle.first().map(|oldest| oldest.since)
     }
 
     /// Forgets all: another engine is coming.
     pub fn clear(&self) {
         self.idle.borrow_mut().clear();
+        self.limit.set(IDLE);
+        if let Sweeper::Waits(sweeper) = &*self.sweeper.borrow() {
+            sweeper.wake_by_ref();
+        }
     }
 }
 
 /// Nothing to read and not closed: bytes that nobody asked for make a connection unusable.
-fn is_quiet(stream: &TcpStream) -> bool {
-    stream.poll_read_ready(&mut Context::from_waker(Waker::noop())).is_pending()
+fn is_quiet(stream: &TcpStream, age: Duration) -> bool {
+    if stream.poll_read_ready(&mut Context::from_waker(Waker::noop())).is_ready() {
+        return false;
+    }
+    // Of one that the engine may be closing, the kernel knows more than it has told by now.
+    let mut byte = [MaybeUninit::uninit()];
+    age < YOUNG || SockRef::from(stream).peek(&mut byte).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 
 /// A new connection: two attempts of [`CONNECT`] each.
 pub async fn connect(engine: SocketAddr) -> io::Result<Connection> {
-    let stream = match timeout(CONNECT, TcpStream::connect(engine)).await {
+    let stream = match timeout(CONNECT, attempt(engine)).await {
         Ok(Ok(stream)) => stream,
-        Ok(Err(_)) | Err(_) => {
-            timeout(CONNECT, TcpStream::connect(engine)).await.map_err(|_| io::ErrorKind::TimedOut)??
-        }
+        Ok(Err(_)) | Err(_) => timeout(CONNECT, attempt(engine)).await.map_err(|_| io::ErrorKind::TimedOut)??,
     };
-    stream.set_nodelay(true)?;
     Ok(Connection { stream, history: History::Fresh })
 }
+
+/// Waits for the kernel's word only where it is needed: on loopback a connection stands when `connect` returns.
+async fn attempt(engine: SocketAddr) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(engine), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    socket.set_tcp_nodelay(true)?;
+    match socket.connect(&engine.into()) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let stream = TcpStream::from_std(socket.into())?;
+    if stream.peer_addr().is_err() {
+        stream.writable().await?;
+        if let Some(error) = stream.take_error()? {
+            return Err(error);
+        }
+    }
+    Ok(stream)
+}
+
+#[cfg(test)]
+mod tests;
