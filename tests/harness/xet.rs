@@ -32,7 +32,7 @@ pub struct Pipe {
 }
 
 pub struct Store {
-    _server: LocalTestServer,
+    server: LocalTestServer,
     pub pipe: Arc<Pipe>,
     addr: SocketAddr,
     accepting: AbortHandle,
@@ -95,7 +95,7 @@ impl Store {
         let addr = listener.local_addr().unwrap();
         let pipe = Arc::new(Pipe::default());
         let accepting = tokio::spawn(accept(listener, to, pipe.clone())).abort_handle();
-        Self { _server: server, pipe, addr, accepting }
+        Self { server, pipe, addr, accepting }
     }
 
     /// Stores a file and says what it is called there.
@@ -103,7 +103,7 @@ impl Store {
         let dir = tempfile::tempdir().unwrap();
         let session = XetSessionBuilder::new().with_cache_dir(dir.path()).build().unwrap();
         let commit =
-            session.new_upload_commit().unwrap().with_endpoint(self._server.http_endpoint()).build().await.unwrap();
+            session.new_upload_commit().unwrap().with_endpoint(self.server.http_endpoint()).build().await.unwrap();
         commit.upload_bytes(bytes, Sha256Policy::Compute, Some("shard".into())).await.unwrap();
         let report = commit.commit().await.unwrap();
         let uploaded = report.uploads.into_values().next().unwrap();
