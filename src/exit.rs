@@ -21,6 +21,14 @@ pub enum Exit {
 }
 
 impl Exit {
+    /// Whose code this is, of those that a start may end with; a code that is nobody's is a defect.
+    pub fn of(code: u8) -> Self {
+        [Self::Ok, Self::Usage, Self::Config, Self::Weights, Self::Engine, Self::CrashLoop]
+            .into_iter()
+            .find(|exit| exit.code() == code)
+            .unwrap_or(Self::Bug)
+    }
+
     pub fn code(self) -> u8 {
         match self {
             Self::Ok => 0,

@@ -72,9 +72,11 @@ fn the_step_function_knows_nothing_but_its_own_types() {
     let source = |name: &str| {
         fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/supervisor").join(name)).unwrap()
     };
-    for (name, may_use) in
-        [("step.rs", "use super::restart::{Ledger, Next};"), ("restart.rs", "use std::collections::VecDeque;")]
-    {
+    for (name, may_use) in [
+        ("step.rs", "use super::restart::{Ledger, Next};"),
+        ("step/words.rs", "use crate::supervisor::restart::{Failure, Millis, Terms};"),
+        ("restart.rs", "use std::collections::VecDeque;"),
+    ] {
         let text = source(name);
         let uses: Vec<&str> = text.lines().filter(|line| line.starts_with("use ")).collect();
         assert_eq!(uses, [may_use]);

@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::harness::client::Client;
+use crate::harness::client::{Client, post};
 use crate::harness::daemon::{Daemon, Setup};
 use crate::harness::scene::{
-    SOON, engine_pid, got, is_whole, number_at, open_stream, quick, replaces, script, send, stream_of, streamed,
+    CHAT, SOON, engine_pid, got, is_whole, number_at, open_stream, quick, replaces, script, send, stream_of, streamed,
     text_at, the_one,
 };
 
@@ -188,5 +188,43 @@ async fn speculative_decoding_that_does_nothing_is_said_in_log_status_and_metric
     let page = got(daemon.admin(), "/metrics").text();
     assert!(page.contains("sglangd_engine_remark{kind=\"speculation_idle\"} 1"), "{page}");
     drop(stream);
+    daemon.stops_clean(SOON).await;
+}
+
+/// The remark of this kind in status and metrics, once in the log.
+async fn is_remarked(daemon: &mut Daemon, kind: &str, said: &str) {
+    let status = daemon
+        .until("the remark", SOON, async |daemon| {
+            let status = daemon.status().await?;
+            (text_at(&status, "/engine/remarks/0/kind") == kind).then_some(status)
+        })
+        .await;
+    assert!(status["warnings"].to_string().contains(said), "{status}");
+    assert_eq!(daemon.log().matches(said).count(), 1, "once: {}", daemon.log());
+    let page = got(daemon.admin(), "/metrics").text();
+    assert!(page.contains(&format!("sglangd_engine_remark{{kind=\"{kind}\"}} 1")), "{page}");
+}
+
+#[tokio::test]
+async fn a_kv_cache_without_room_is_said_in_log_status_and_metrics() {
+    let mut daemon = quick("").env("SGLANG_SIM_KV_TOKENS", "9600").start();
+    daemon.is_ready(SOON).await;
+    is_remarked(&mut daemon, "kv_cache_small", "the KV cache holds only 9600 tokens, 300 for each of 32 requests")
+        .await;
+    daemon.stops_clean(SOON).await;
+}
+
+#[tokio::test]
+async fn a_prefix_cache_that_never_hits_is_said_in_log_status_and_metrics() {
+    let mut daemon = quick("").env("SGLANG_SIM_TOKENS_PER_SECOND", "100000").start();
+    daemon.is_ready(SOON).await;
+    let prompt = "word ".repeat(1_100);
+    let body = json!({"model": "small", "max_tokens": 1, "messages": [{"role": "user", "content": prompt}]});
+    let request = post(CHAT, &body.to_string());
+    let mut client = Client::connect(daemon.public());
+    for n in 0..256 {
+        assert_eq!(client.send(&request).answer().status, 200, "request {n}");
+    }
+    is_remarked(&mut daemon, "prefix_cache_idle", "the prefix cache does nothing: none of the last 25").await;
     daemon.stops_clean(SOON).await;
 }

@@ -14,7 +14,7 @@ use crate::harness::daemon::{Daemon, SGLANGD, Setup, eventually};
 use crate::harness::processes;
 use crate::harness::scene::{
     SOON, engine_pid, got, is_whole, number_at, quick, replaces, script, send, state_dir, stream_of, streamed, text_at,
-    the_one,
+    the_one, write_script,
 };
 
 const GIB: u64 = 1 << 30;
@@ -307,6 +307,111 @@ async fn j19_the_engine_dies_with_sglangd_even_where_nobody_is_left_to_end_it() 
     let alive = |pid: i32| processes::all().iter().any(|p| p.pid == pid && p.is_alive());
     eventually("the engine's main process goes with its parent", SOON, async || (!alive(engine)).then_some(())).await;
     daemon.start_again();
+    daemon.is_ready(SOON).await;
+    daemon.stops_clean(SOON).await;
+}
+
+/// A start of this script's on a GPU of the machine's, until it is given up: the reason.
+async fn given_up_on_a_gpu(text: &str) -> String {
+    let (setup, node) = with_gpus(quick(""));
+    let text = text.replace("MEMORY", &format!("{}/0-$$", node.display()));
+    let setup = script(setup, &text).set("start.stall", "4s").set("start.limit", "12s").set("restart.max", "1");
+    let mut daemon = setup.start();
+    let status = daemon.reaches(&["gave_up"], SOON).await;
+    daemon.stops_clean(SOON).await;
+    text_at(&status, "/reason")
+}
+
+#[tokio::test]
+async fn g04_a_silent_start_that_fills_gpu_memory_goes_on_until_the_last_limit() {
+    let reason = given_up_on_a_gpu("n=0; while :; do n=$((n+100000000)); echo $n >MEMORY; sleep 0.2; done").await;
+    assert!(reason.contains("longer than start.limit (12 s)"), "{reason}");
+}
+
+#[tokio::test]
+async fn g04_gpu_memory_that_is_held_and_does_not_grow_is_no_progress() {
+    let reason = given_up_on_a_gpu("while :; do echo 3000000000 >MEMORY; sleep 0.2; done").await;
+    assert!(reason.contains("no progress for start.stall (4 s)"), "{reason}");
+}
+
+/// Programs of these names are found before all others.
+fn with_tools(setup: Setup, tools: &[(&str, &str)]) -> Setup {
+    let folder = setup.folder().join("tools");
+    fs::create_dir(&folder).unwrap();
+    for (name, text) in tools {
+        write_script(&folder.join(name), text);
+    }
+    let path = std::env::var("PATH").unwrap();
+    setup.env("PATH", &format!("{}:{path}", folder.display()))
+}
+
+#[tokio::test]
+async fn a_bundle_of_a_hang_has_the_last_requests_and_what_the_tools_say() {
+    // The detokenizer's stack is one that is never to be had.
+    let py_spy =
+        "case $(tr '\\0' ' ' </proc/$4/cmdline) in sglang::detok*) exec sleep 600;; esac; echo \"Thread 1: $*\"";
+    let tools = [("py-spy", py_spy), ("nvidia-smi", "echo 'NVIDIA-SMI: eight of them'")];
+    let mut daemon = with_tools(quick("").set("health.hang_after", "6s"), &tools).start();
+    let first = engine_pid(&daemon.is_ready(SOON).await);
+    let rank = the_one(&daemon, "sglang::scheduler");
+    assert!(is_whole(&streamed(daemon.public(), 2)));
+    send(rank, Signal::SIGSTOP);
+    let mut client = Client::connect(daemon.public());
+    client.send(stream_of(5).replacen("\r\n", "\r\nX-Request-Id: the-last-straw\r\n", 1));
+    let bundle = bundled(&mut daemon, "-hang").await;
+    let requests = page(&bundle, "requests");
+    let lines: Vec<&str> = requests.lines().collect();
+    assert_eq!(lines.len(), 2, "{requests}");
+    assert!(
+        lines[1].contains("s ago") && lines[1].contains("chat") && lines[1].ends_with("the-last-straw"),
+        "{requests}"
+    );
+    let stacks = page(&bundle, "stacks");
+    assert!(stacks.contains(&format!("--- pid {rank}\nThread 1: dump --nonblocking --pid {rank}\n")), "{stacks}");
+    assert!(stacks.contains("did not end within 3 s"), "one that hangs holds nobody: {stacks}");
+    assert_eq!(page(&bundle, "nvidia-smi"), "NVIDIA-SMI: eight of them\n");
+    replaces(&mut daemon, first).await;
+    daemon.stops_clean(SOON).await;
+}
+
+/// The first GPU is split in two; so much of the second part is used.
+fn split(node: &Path, used: u64) {
+    let file = node.join("gpus.json");
+    let mut sight: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    let part = |uuid: &str, used: u64| json!({"index": 0, "uuid": uuid, "name": "NVIDIA H100 MIG 1g.10gb", "memory_total": 10 * GIB, "memory_used": used});
+    sight["gpus"][0]["parts"] = json!([part("MIG-aa-1", 0), part("MIG-bb-2", used)]);
+    let new = node.join("new");
+    fs::write(&new, sight.to_string()).unwrap();
+    fs::rename(new, file).unwrap();
+}
+
+#[tokio::test]
+async fn g13_of_a_gpu_that_is_split_only_the_engines_part_has_to_be_free() {
+    let (setup, node) = with_gpus(quick(""));
+    split(&node, 9 * GIB);
+    let setup = setup.env("CUDA_VISIBLE_DEVICES", "MIG-bb-2");
+    let plan = String::from_utf8(setup.full_command("plan").output().unwrap().stdout).unwrap();
+    assert!(plan.contains("NVIDIA H100 MIG 1g.10gb (MIG-bb-2), 9.0 of 10.0 GiB used"), "{plan}");
+    let mut daemon = setup.start();
+    let status = waits_for_memory(&mut daemon, "occupied").await;
+    let reason = text_at(&status, "/reason");
+    assert!(reason.contains("GPU 0 has 1.0 GiB free and the engine needs 8.0 GiB"), "{reason}");
+    // The other part is somebody else's, whatever is on it.
+    split(&node, 0);
+    let ready = daemon.is_ready(SOON).await;
+    assert_eq!((&ready["gpus"][0]["engine"], &ready["gpus"][1]["engine"]), (&json!(true), &json!(false)), "{ready}");
+    daemon.stops_clean(SOON).await;
+}
+
+#[tokio::test]
+async fn a_part_of_a_gpu_of_which_the_driver_tells_nothing_is_said_and_stops_nobody() {
+    let (setup, node) = with_gpus(quick(""));
+    holds(&node, 0, 0, 79 * GIB);
+    let setup = setup.env("CUDA_VISIBLE_DEVICES", "MIG-GPU-0/1/0");
+    let plan = setup.full_command("plan").output().unwrap();
+    let plan = String::from_utf8_lossy(&[plan.stdout, plan.stderr].concat()).into_owned();
+    assert!(plan.contains("the driver tells nothing of MIG-GPU-0/1/0"), "{plan}");
+    let mut daemon = setup.start();
     daemon.is_ready(SOON).await;
     daemon.stops_clean(SOON).await;
 }

@@ -322,3 +322,26 @@ async fn j18_both_families_are_served_and_the_engine_is_asked_by_its_literal_add
     assert!(daemon.log().contains(&format!("http://[::1]:{port}")), "an address to copy: {}", daemon.log());
     daemon.stops_clean(SOON).await;
 }
+
+#[tokio::test]
+async fn j07_where_no_file_may_be_opened_it_says_so_serves_on_and_comes_back() {
+    let mut daemon = quick("").set("restart.max", "100").set("restart.backoff", "200ms").start();
+    let first = engine_pid(&daemon.is_ready(SOON).await);
+    let pid = rustix::process::Pid::from_raw(daemon.pid()).unwrap();
+    let limit = |soft: Option<u64>| {
+        let own = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        let new = rustix::process::Rlimit { current: soft.or(own.current), maximum: own.maximum };
+        rustix::process::prlimit(Some(pid), rustix::process::Resource::Nofile, new).unwrap();
+    };
+    // What is open stays open, and nothing more may be opened: the engine dies, and none can be started.
+    limit(Some(3));
+    send(first, Signal::SIGKILL);
+    let named = |daemon: &Daemon| daemon.log().contains("a limit on open files is reached (");
+    daemon.until("it is named", SOON, async |daemon| named(daemon).then_some(())).await;
+    assert!(daemon.log().contains("LimitNOFILE"), "{}", daemon.log());
+    assert_eq!(got(daemon.public(), "/live").status, 200, "the proxy serves on");
+    assert_eq!(got(daemon.public(), "/ready").status, 503);
+    limit(None);
+    replaces(&mut daemon, first).await;
+    daemon.stops_clean(SOON).await;
+}

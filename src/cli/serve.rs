@@ -22,7 +22,7 @@ use crate::launch::spawner::{self, MainThread};
 use crate::link::status::Listening;
 use crate::observe::{admin, bundle, logging};
 use crate::shutdown::Signals;
-use crate::supervisor::driver::{Driver, Outlook, Outside, Reload, exit_of};
+use crate::supervisor::driver::{Driver, Outlook, Outside, Reload};
 use crate::sys::spawn::{ParentDeath, Spec, Stream};
 use bind::Bound;
 
@@ -115,10 +115,16 @@ struct Supervisor {
     spawner: spawner::Spawner,
 }
 
+/// As good as that, and short enough for every clock.
+const FOR_EVER: std::time::Duration = std::time::Duration::from_secs(u32::MAX as u64);
+
 /// The main thread forks, the rest happens on another one (see `launch::spawner`).
 fn supervise(supervisor: Supervisor, main_thread: MainThread) -> Exit {
     let result = std::thread::Builder::new().name("supervisor".into()).spawn(move || {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        // Threads for what blocks are kept once they are there: where none may be started any more (pids.max), one
+        // that is gone cannot be had back, and the runtime's answer to that is a panic.
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(2).thread_keep_alive(FOR_EVER).enable_all().build()?;
         let code = runtime.block_on(supervisor.run());
         // Tasks that still wait for somebody (a stuck proxy, a slow scrape) end with us.
         runtime.shutdown_background();
@@ -195,7 +201,7 @@ impl Supervisor {
         let _ = std::fs::remove_file(&socket_path);
         drop(unix_name);
         drop(lock);
-        Ok(exit_of(code))
+        Ok(Exit::of(code))
     }
 }
 

@@ -7,10 +7,12 @@
 //! Facts of the log come in; ranks say the same things one after another, so what counts is the slowest
 //! rank where each goes at its own pace (weights, memory), and any rank where they go in step (graphs).
 //! A time is only told where this node has seen the same start before (`past`), and a range where it has not
-//! (`unknown`). Pure: time comes in as data, in milliseconds since the launch. It decides nothing; a start
+//! (`unknown`, by what is `reading`). Pure: time comes in as data, in milliseconds since the launch. It decides nothing; a start
 //! without progress is the supervisor's.
 
 mod past;
+mod reading;
+mod slow;
 mod unknown;
 
 use std::collections::BTreeMap;
@@ -20,6 +22,10 @@ use serde::{Deserialize, Serialize};
 
 pub use past::History;
 use past::{Point, Track};
+use reading::{Load, Reading};
+pub use slow::Slow;
+use unknown::Way;
+pub use unknown::{Device, Kernels, Known};
 
 use super::log::{Fact, Graphs, Rank};
 
@@ -86,6 +92,10 @@ pub struct Progress {
     /// A second set of weights is loaded by ranks that had theirs: the draft model's.
     draft: Draft,
     work: Work,
+    /// Since when kernels are compiled.
+    compiling: Option<u64>,
+    known: Known,
+    reading: Reading,
     /// The sets of graphs begun so far; how many there will be is not known.
     captures: Vec<Graphs>,
     bar: Option<(u32, u32)>,
@@ -118,9 +128,32 @@ impl Progress {
             shards: None,
             draft: Draft::No,
             work: Work::Memory,
+            compiling: None,
+            known: Known::default(),
+            reading: Reading::default(),
             captures: Vec::new(),
             bar: None,
         }
+    }
+
+    /// What a start that nobody has seen before is measured by.
+    pub fn know(&mut self, known: Known) {
+        self.known = known;
+    }
+
+    /// Shards are read ahead of the engine: so much of so much.
+    pub fn read_ahead(&mut self, done: u64, total: u64, now_ms: u64) {
+        self.reading.ahead(done, total, now_ms);
+    }
+
+    /// The engine's processes have taken so many bytes from disks since they live.
+    pub fn stored(&mut self, bytes: u64, now_ms: u64) {
+        let load = match self.at.stage {
+            Stage::Import | Stage::Ranks | Stage::Join => Load::NotYet,
+            Stage::Load => Load::Runs,
+            _ => Load::Over,
+        };
+        self.reading.stored(bytes, load, now_ms);
     }
 
     /// Takes a fact. `now_ms`: since the launch.
@@ -149,6 +182,7 @@ impl Progress {
             Fact::MemoryPoolEnd => self.one(rank, place(Stage::Pool, 0.5)),
             Fact::JitCompile { percent } => {
                 self.work = Work::Compile(percent);
+                self.compiling.get_or_insert(now_ms);
                 self.one(rank, place(Stage::Pool, 0.6 + 0.3 * f32::from(percent.unwrap_or(0)) / 100.0));
             }
             Fact::AutotuneBegin => {
@@ -240,20 +274,35 @@ impl Progress {
         if self.at.stage == Stage::Import || self.eta_seconds(now_ms).is_some() {
             return None;
         }
-        let spent = now_ms.saturating_sub(self.track.entered(self.at.stage).unwrap_or(0));
-        let bar = (self.at.stage == Stage::Load && self.shards.is_some()).then_some(self.at.part);
-        unknown::left(self.at.stage, spent, bar)
+        let since = |ms: u64| now_ms.saturating_sub(ms) as f64 / 1000.0;
+        let entered = |stage| self.track.entered(stage);
+        let imports = entered(Stage::Join).map(|joined| {
+            // A log without the line that begins them: then they are all of the imports.
+            let begun = entered(Stage::Ranks).filter(|begun| *begun < joined).unwrap_or(0);
+            (joined - begun) as f64 / 1000.0
+        });
+        unknown::left(&Way {
+            stage: self.at.stage,
+            spent: since(entered(self.at.stage).unwrap_or(0)),
+            bar: (self.at.stage == Stage::Load && self.shards.is_some()).then_some(f64::from(self.at.part)),
+            compiling: match (self.work, self.compiling) {
+                (Work::Compile(percent), Some(begun)) => Some((since(begun), f64::from(percent.unwrap_or(0)) / 100.0)),
+                _ => None,
+            },
+            reading: self.reading.seconds_left(self.known.weights),
+            imports,
+            tp: self.tp,
+            known: self.known,
+        })
     }
 
     /// Why it takes long at present, where that is known.
-    pub fn slow(&self) -> Option<&'static str> {
-        match self.work {
-            _ if self.at.stage != Stage::Pool => None,
-            Work::Memory => None,
-            Work::Compile(_) => {
-                Some("kernels are compiled, which takes 10 to 20 minutes where DeepGEMM's cache is cold")
-            }
-            Work::Tune => Some("FlashInfer tries which kernels are the fastest"),
+    pub fn slow(&self) -> Option<Slow> {
+        match (self.at.stage, self.work) {
+            (Stage::Load, _) => self.reading.cold().map(Slow::ColdWeights),
+            (Stage::Pool, Work::Compile(_)) => Some(Slow::Compiling),
+            (Stage::Pool, Work::Tune) => Some(Slow::Tuning),
+            _ => None,
         }
     }
 

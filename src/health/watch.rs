@@ -12,7 +12,7 @@
 
 use std::time::Duration;
 
-use super::loads::News;
+use super::figures::News;
 use super::verdict::{self, Evidence, LastProbe, Verdict};
 
 /// Monotonic time in milliseconds since some fixed instant.

@@ -255,4 +255,31 @@ mod tests {
         dead.state = 'Z';
         assert!(tree().find(&[dead], &[], |_, _| true).is_empty());
     }
+
+    /// A session leader that sleeps, as an engine's main process leads one.
+    fn sleeper() -> std::process::Child {
+        std::process::Command::new("setsid").args(["sleep", "86394"]).spawn().expect("setsid")
+    }
+
+    #[test]
+    fn g19_only_the_process_of_that_start_is_ended_and_never_another_one_of_its_pid() {
+        let mut child = sleeper();
+        let pid = i32::try_from(child.id()).expect("a pid");
+        let start_time = loop {
+            // Until it has become the leader of its session.
+            if let Some(stat) = proc::stat(pid).filter(|stat| stat.sid == pid) {
+                break stat.start_time;
+            }
+        };
+        let of =
+            |start_time| Tree { launch_id: "g19g19".into(), leader: Some(Leader { pid, start_time }), cgroup: None };
+        assert_eq!(of(start_time - 1).kill_blocking(Duration::from_secs(5)), [], "nobody of that start lives");
+        assert!(child.try_wait().expect("ours").is_none(), "another process of its pid was ended");
+        assert!(proc::open(pid, start_time - 1).is_none());
+        let handle = proc::open(pid, start_time).expect("this one");
+        assert_eq!(of(start_time).kill_blocking(Duration::from_secs(5)), []);
+        child.wait().expect("ours");
+        let late = proc::signal(&handle, Signal::KILL).expect_err("whoever has the pid now is not meant");
+        assert_eq!(late.raw_os_error(), Some(nix::libc::ESRCH));
+    }
 }

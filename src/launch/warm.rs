@@ -16,7 +16,7 @@ use super::spawner::Spawner;
 use super::tree::{Leader, Tree};
 use crate::engine::env::{LAUNCH_ID, is_hub_token};
 use crate::sys::proc;
-use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
+use crate::sys::spawn::Spec;
 
 const SCRIPT: &str = include_str!("warm.py");
 /// One launch at a time imports for nobody; the mark finds what it started.
@@ -39,19 +39,7 @@ pub async fn start(
     DirBuilder::new().mode(0o700).create(folder)?;
     let leftovers = Leftovers::note(folder.to_owned());
     let launch_id = format!("{MARK}-{}", std::process::id());
-    let order = Spec {
-        argv: vec![python.into(), "-c".into(), SCRIPT.into()],
-        arg0: None,
-        env: surroundings(env, folder, &launch_id),
-        session: Session::New,
-        stdin: Stream::Null,
-        stdout: Stream::Null,
-        stderr: Stream::Null,
-        keep: Vec::new(),
-        cwd: None,
-        on_parent_death: ParentDeath::Kill,
-        cgroup: None,
-    };
+    let order = Spec::quiet(vec![python.into(), "-c".into(), SCRIPT.into()], surroundings(env, folder, &launch_id));
     match spawner.spawn(order).await {
         Ok((child, end)) => {
             let leader = proc::stat(child.pid).map(|stat| Leader { pid: child.pid, start_time: stat.start_time });

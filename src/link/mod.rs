@@ -250,6 +250,10 @@ pub enum Down {
     Scrape {
         id: u64,
     },
+    /// Send the last requests' ids; answered as a scrape is.
+    Recent {
+        id: u64,
+    },
     Heartbeat,
 }
 
@@ -263,6 +267,7 @@ pub enum Up {
         version: String,
     },
     Traffic(Traffic),
+    /// The text that was asked for under this number.
     Scraped {
         id: u64,
         text: String,

@@ -32,11 +32,22 @@ pub struct Gpu {
     /// Whose memory can be seen from here; nobody's, in a container, is the usual answer.
     #[serde(default)]
     pub holders: Vec<Holder>,
+    /// Of one that is split (MIG): each part as a GPU of its own, under its parent's number. CUDA sees the parts
+    /// alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<Self>,
 }
 
 impl Gpu {
     pub fn memory_free(&self) -> u64 {
         self.memory_total.saturating_sub(self.memory_used)
+    }
+
+    /// What these processes hold: all that is used but what others are seen to hold. In a container nobody is
+    /// seen, and what is used is the engine's, since it is launched only where nobody is in its way.
+    pub fn held_by(&self, pids: &[i32]) -> u64 {
+        let others = self.holders.iter().filter(|holder| holder.command.is_some() && !pids.contains(&holder.pid));
+        self.memory_used.saturating_sub(others.filter_map(|holder| holder.memory).sum())
     }
 }
 

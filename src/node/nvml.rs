@@ -47,7 +47,7 @@ impl Session {
         };
         let mut sight = Sight { driver: self.driver.clone(), ..Sight::default() };
         for index in 0..count {
-            match self.nvml.device_by_index(index).and_then(|device| gpu(index, &device)) {
+            match self.nvml.device_by_index(index).and_then(|device| whole(index, &device)) {
                 Ok(gpu) => sight.gpus.push(gpu),
                 Err(error) => sight.lost.push(format!("GPU {index}: {error}")),
             }
@@ -76,6 +76,15 @@ impl Session {
     }
 }
 
+/// One GPU with its parts, where it is split.
+fn whole(index: u32, device: &Device<'_>) -> Result<Gpu, NvmlError> {
+    // Not split, or a driver that knows of no such thing: no parts. Places may be empty in between.
+    let places = device.mig_device_count().unwrap_or(0);
+    let part = |place| device.mig_device_by_index(place).and_then(|part| gpu(index, &part)).ok();
+    let parts = (0..places).filter_map(part).collect();
+    Ok(Gpu { parts, ..gpu(index, device)? })
+}
+
 fn gpu(index: u32, device: &Device<'_>) -> Result<Gpu, NvmlError> {
     let memory = device.memory_info()?;
     let mut holders: Vec<Holder> = Vec::new();
@@ -99,6 +108,7 @@ fn gpu(index: u32, device: &Device<'_>) -> Result<Gpu, NvmlError> {
         memory_total: memory.total,
         memory_used: memory.used,
         holders,
+        parts: Vec::new(),
     })
 }
 

@@ -126,6 +126,7 @@ mod tests {
             memory_total: 80 * GIB,
             memory_used: used,
             holders: Vec::new(),
+            parts: Vec::new(),
         }
     }
 

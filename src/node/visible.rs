@@ -37,20 +37,29 @@ pub fn choose(all: &[Gpu], said: Option<&str>, share: Share) -> Chosen {
 }
 
 /// As CUDA reads it: by number or by the beginning of a UUID; the first word that names nothing ends the
-/// list. Parts of a GPU (`MIG-…`) have no facts here.
+/// list. Of a GPU that is split, a part (`MIG-…`) is what CUDA sees: the first one where none is named.
 fn visible<'a>(all: &'a [Gpu], said: Option<&str>) -> (Vec<&'a Gpu>, Option<String>) {
-    let Some(said) = said else { return (all.iter().collect(), None) };
+    let seen_of = |gpu: &'a Gpu| gpu.parts.first().unwrap_or(gpu);
+    let Some(said) = said else { return (all.iter().map(seen_of).collect(), None) };
     let mut seen: Vec<&Gpu> = Vec::new();
     for word in said.split(',').map(str::trim) {
         if word.is_empty() && seen.is_empty() {
             break;
         }
         let found = match word.parse::<u32>() {
-            Ok(index) => all.iter().find(|gpu| gpu.index == index),
-            Err(_) if word.starts_with("GPU-") => {
-                let mut matching = all.iter().filter(|gpu| gpu.uuid.starts_with(word));
-                // More than one is as good as none.
-                matching.next().filter(|_| matching.next().is_none())
+            Ok(index) => all.iter().find(|gpu| gpu.index == index).map(seen_of),
+            Err(_) if word.starts_with("GPU-") => the_only(all.iter(), word).map(seen_of),
+            Err(_) if word.starts_with("MIG-") => {
+                let part = the_only(all.iter().flat_map(|gpu| &gpu.parts), word);
+                if part.is_none() {
+                    // In words that the driver does not use, or a driver that tells of no parts: CUDA may know it.
+                    let complaint = format!(
+                        "CUDA_VISIBLE_DEVICES={said}: the driver tells nothing of {word}, a part of a GPU; its memory is \
+                         not looked at"
+                    );
+                    return (seen, Some(complaint));
+                }
+                part
             }
             Err(_) => None,
         };
@@ -71,6 +80,12 @@ fn visible<'a>(all: &'a [Gpu], said: Option<&str>) -> (Vec<&'a Gpu>, Option<Stri
     (seen, None)
 }
 
+/// Whose UUID begins so, if only one's does: more than one is as good as none.
+fn the_only<'a>(among: impl Iterator<Item = &'a Gpu>, begins: &str) -> Option<&'a Gpu> {
+    let mut matching = among.filter(|gpu| gpu.uuid.starts_with(begins));
+    matching.next().filter(|_| matching.next().is_none())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,6 +98,7 @@ mod tests {
             memory_total: 1,
             memory_used: 0,
             holders: Vec::new(),
+            parts: Vec::new(),
         };
         (0..count).map(gpu).collect()
     }
@@ -115,6 +131,31 @@ mod tests {
         assert_eq!(chosen(Some("MIG-1/2/3"), 1, 0, 1), (vec![], true));
         assert_eq!(chosen(Some(""), 1, 0, 1), (vec![], true), "an empty list is none, not all");
         assert_eq!(chosen(Some("-1"), 1, 0, 1), (vec![], true));
+    }
+
+    #[test]
+    fn of_a_gpu_that_is_split_the_part_is_seen_that_was_named_or_the_first() {
+        let mut all = node(2);
+        let part = |letter: &str, total| Gpu {
+            index: 1,
+            uuid: format!("MIG-{letter}1-22"),
+            memory_total: total,
+            ..all[1].clone()
+        };
+        let parts = vec![part("a", 10), part("b", 20)];
+        all[1].parts = parts;
+        let of = |said: Option<&str>, ranks| {
+            let chosen = choose(&all, said, Share { ranks, first: 0, step: 1 });
+            let seen: Vec<String> = chosen.gpus.into_iter().map(|gpu| gpu.uuid).collect();
+            (seen.join(" "), chosen.complaint)
+        };
+        assert_eq!(of(Some("MIG-b1-22"), 1), ("MIG-b1-22".into(), None));
+        assert_eq!(of(Some("MIG-a"), 1), ("MIG-a1-22".into(), None));
+        assert_eq!(of(Some("1"), 1), ("MIG-a1-22".into(), None));
+        assert_eq!(of(Some("GPU-1abc-1"), 1), ("MIG-a1-22".into(), None));
+        assert_eq!(of(None, 2), ("GPU-0abc-0 MIG-a1-22".into(), None));
+        let (seen, complaint) = of(Some("MIG-"), 1);
+        assert!(seen.is_empty() && complaint.is_some_and(|said| said.contains("tells nothing of MIG-,")));
     }
 
     #[test]

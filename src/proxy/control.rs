@@ -90,6 +90,7 @@ async fn control(mut proxy: Proxy, listeners: Vec<Listener>, link: UnixStream) -
                     }
                     Down::CutStreams { reason } => proxy.cut_streams(reason),
                     Down::Scrape { id } => up.send(&Up::Scraped { id, text: proxy.metrics() }).await?,
+                    Down::Recent { id } => up.send(&Up::Scraped { id, text: proxy.recent() }).await?,
                     Down::Heartbeat => {}
                 }
             }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use http::StatusCode;
 
+use super::recent::Recent;
 use super::routes;
 use crate::admission::KeyId;
 use crate::link::EngineLoad;
@@ -106,6 +107,8 @@ pub struct Counters {
     /// Milliseconds since the proxy's start, plus one; zero: never.
     pub last_byte: AtomicU64,
     pub last_request: AtomicU64,
+    /// No count, but kept beside them: by whom the engine was asked last.
+    pub recent: Recent,
 }
 
 impl Default for Counters {
@@ -135,6 +138,7 @@ impl Default for Counters {
             websockets_total: zero(),
             last_byte: zero(),
             last_request: zero(),
+            recent: Recent::default(),
         }
     }
 }

@@ -28,6 +28,7 @@ mod loads;
 mod metrics;
 mod own;
 pub mod peek;
+mod recent;
 mod rest;
 mod routes;
 mod service;
@@ -190,6 +191,11 @@ impl Proxy {
     /// The metrics page in Prometheus' text format.
     pub fn metrics(&self) -> String {
         self.shared.metrics()
+    }
+
+    /// The last requests that went towards the engine, a line each.
+    pub fn recent(&self) -> String {
+        self.shared.recent()
     }
 
     /// Waits until no answer is open, looking this often.

@@ -83,6 +83,7 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
         Ok(Way::Own(response)) => Ok(response),
         Ok(Way::Copy) => copies::answer(&peer.worker.shared, &parts.uri).await.map_err(Stop::from),
         Ok(Way::Engine(route, caller)) => {
+            counters.recent.note(&id, route.name, now);
             let call = Call::new(Rc::clone(&peer), route, caller, label, now);
             pursue(call, parts, body, id.clone()).await
         }

@@ -14,6 +14,7 @@ use super::auth::{KeyRing, KeysFile, Roster};
 use super::copies::Copies;
 use super::loads::Loads;
 use super::metrics::{self, Counters, Gauges};
+use super::recent;
 use super::rest::Rest;
 use super::routes::Table;
 use super::tap::Patience;
@@ -315,6 +316,11 @@ impl Shared {
             engine: self.loads.seen(),
             closed: counts.gate == Gate::Closed,
         }
+    }
+
+    pub fn recent(&self) -> String {
+        let workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        recent::told(&workers, Instant::now())
     }
 
     pub fn metrics(&self) -> String {

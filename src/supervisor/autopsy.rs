@@ -24,18 +24,11 @@ pub fn not_started(program: &str, error: &io::Error) -> Cause {
             format!("The engine's program {program} may not be executed."),
             "Correct engine.command, or its permissions (chmod +x).",
         ),
-        io::ErrorKind::WouldBlock => Cause::passing(
-            "no_resources",
-            Exit::Engine.code(),
-            format!("The engine's process could not be started: a limit on processes is reached ({error})."),
-            "Look at TasksMax, pids.max and ulimit -u.",
-        ),
-        _ => Cause::passing(
-            "no_resources",
-            Exit::Engine.code(),
-            format!("The engine's process could not be started: {error}."),
-            "",
-        ),
+        _ => {
+            let what = "The engine's process could not be started";
+            Cause::of_a_limit(what, error)
+                .unwrap_or_else(|| Cause::passing("no_resources", Exit::Engine.code(), format!("{what}: {error}."), ""))
+        }
     }
 }
 

@@ -7,16 +7,16 @@ mod act;
 mod bundle;
 mod duty;
 mod node;
+mod outside;
 mod tell;
 mod vigil;
 
-use std::ffi::{OsStr, OsString};
-use std::os::fd::OwnedFd;
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -31,14 +31,11 @@ use super::prepare::Prepared;
 use super::releasing::{Room, Uses};
 use super::report::{Facts, Systemd, headline};
 use super::running::{Notice, Running, Stuck};
-use super::step::{Action, Event, Machine, Millis, Policy, State, Terms};
+use super::step::{Action, Event, Machine, Millis, State};
 use crate::config::Config;
-use crate::config::folders::Folders;
-use crate::config::{Loaded, OnGiveUp};
 use crate::engine::env::Env;
 use crate::engine::remarks::Expected;
-use crate::exit::Exit;
-use crate::health::loads::Figures;
+use crate::health::figures::Figures;
 use crate::health::probe::Pulse;
 use crate::launch::beside::Beside;
 use crate::launch::guard::Guarded;
@@ -60,13 +57,8 @@ const STEPS: usize = 16;
 /// How often the driver looks at everything by itself.
 const BEAT: Duration = Duration::from_secs(1);
 
-/// The loop turns each second. After a gap as long as this we were stopped (SIGSTOP, a debugger, a
-/// frozen cgroup), and what seemed silent meanwhile may only not have been heard.
-const OVERSLEPT: Duration = Duration::from_secs(4);
 /// What the proxy and the guard may take to end when the engine is gone: milliseconds.
 const FAREWELL: Duration = Duration::from_secs(1);
-/// Stop signals closer together than this are one; nobody presses Ctrl-C twice so fast.
-const ONE_WISH: Duration = Duration::from_millis(100);
 
 /// What the driver's own tasks report.
 #[derive(Debug)]
@@ -87,6 +79,8 @@ enum Report {
 }
 
 use node::NodeFacts;
+use outside::policy;
+pub use outside::{Order, Orderly, Outlook, Outside, Reload};
 
 /// What the driver's loop woke up for.
 enum Turn {
@@ -99,70 +93,6 @@ enum Turn {
     Traffic,
     Due,
     Beat,
-}
-
-/// Reads the configuration anew, for SIGHUP; the error is ready to be shown.
-pub struct Reload(pub Box<dyn Fn() -> Result<Loaded, String> + Send>);
-
-impl std::fmt::Debug for Reload {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Reload")
-    }
-}
-
-/// Everything that is passed in: the driver opens and catches nothing itself.
-#[derive(Debug)]
-pub struct Outside {
-    pub loaded: Loaded,
-    pub folders: Folders,
-    pub own_env: Env,
-    pub inspect_arguments: Vec<OsString>,
-    pub spawner: Spawner,
-    pub listeners: Arc<Vec<OwnedFd>>,
-    pub listen: Listening,
-    pub guard: Option<Guarded<std::process::ChildStdin>>,
-    pub signals: Signals,
-    pub reload: Reload,
-}
-
-/// What an operator may ask for; answered with what follows, in words.
-#[derive(Debug)]
-pub enum Order {
-    /// A fresh engine.
-    Restart(oneshot::Sender<String>),
-    /// Write down what can be known now; the answer is where it lies, or why it does not.
-    Bundle(oneshot::Sender<Result<PathBuf, String>>),
-}
-
-/// Takes operators' orders.
-#[derive(Debug, Clone)]
-pub struct Orderly(mpsc::Sender<Report>);
-
-impl Orderly {
-    /// None: the driver is at its end.
-    pub async fn restart(&self) -> Option<String> {
-        let (reply, answer) = oneshot::channel();
-        self.0.send(Report::Order(Order::Restart(reply))).await.ok()?;
-        answer.await.ok()
-    }
-
-    /// None: the driver is at its end.
-    pub async fn bundle(&self) -> Option<Result<PathBuf, String>> {
-        let (reply, answer) = oneshot::channel();
-        self.0.send(Report::Order(Order::Bundle(reply))).await.ok()?;
-        answer.await.ok()
-    }
-}
-
-/// What others may read and ask while the driver runs.
-#[derive(Debug, Clone)]
-pub struct Outlook {
-    pub status: watch::Receiver<Status>,
-    pub engine: watch::Receiver<EngineView>,
-    /// What the proxy lives by, keys and all.
-    pub settings: watch::Receiver<ProxySettings>,
-    pub half: Half,
-    pub orders: Orderly,
 }
 
 #[derive(Debug)]
@@ -436,35 +366,6 @@ impl Driver {
         }
     }
 
-    async fn wished(&mut self, wish: Wish) {
-        match wish {
-            // Terminals, `timeout` and container runtimes signal a process and its group: two signals
-            // so close are one wish.
-            Wish::Stop if self.stop_asked.is_some_and(|at| at.elapsed() < ONE_WISH) => {}
-            Wish::Stop => {
-                self.stop_asked.get_or_insert_with(Instant::now);
-                if self.machine.stopping() {
-                    tracing::warn!("asked again to stop: not waiting any longer");
-                } else {
-                    tracing::info!("stopping, within {} s", self.config().shutdown.grace.as_secs());
-                    self.systemd.stopping();
-                }
-                self.on(Event::Stop).await;
-                self.hurry.cancel();
-            }
-            Wish::Reload => self.reloaded(),
-            Wish::Reap => {
-                while self.spawner.reap() == crate::launch::reaper::BATCH {
-                    tokio::task::yield_now().await;
-                }
-            }
-            Wish::Quit => tracing::warn!(
-                "SIGQUIT: an orphaned rank of the engine signals its failure, or somebody wants a core dump; nothing is done about it"
-            ),
-            Wish::Nothing => tracing::debug!("SIGUSR1 or SIGUSR2: nothing is done about it"),
-        }
-    }
-
     /// The engine is gone; the proxy and the guard are to be gone before we are, too.
     async fn farewell(&mut self) {
         self.half.close();
@@ -500,31 +401,4 @@ async fn sleep_until(due: Option<Instant>) {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
     }
-}
-
-fn policy(config: &Config) -> Policy {
-    let ms = |d: Duration| d.as_millis() as Millis;
-    Policy {
-        restart: Terms {
-            max_failures: config.restart.max,
-            window: ms(config.restart.window),
-            backoff: ms(config.restart.backoff),
-            backoff_max: ms(config.restart.backoff_max),
-        },
-        give_up: match config.restart.on_give_up {
-            OnGiveUp::Serve => super::step::GiveUp::Serve,
-            OnGiveUp::Exit => super::step::GiveUp::Exit,
-        },
-        grace: ms(config.shutdown.grace),
-        start_stall: ms(config.start.stall),
-        start_limit: ms(config.start.limit),
-    }
-}
-
-/// The codes of a start that cannot be.
-pub fn exit_of(code: u8) -> Exit {
-    [Exit::Ok, Exit::Usage, Exit::Config, Exit::Weights, Exit::Engine, Exit::Bug, Exit::CrashLoop]
-        .into_iter()
-        .find(|exit| exit.code() == code)
-        .unwrap_or(Exit::Bug)
 }

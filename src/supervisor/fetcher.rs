@@ -179,10 +179,9 @@ fn failed(class: &str, retry_after: Option<u64>, message: String) -> Cause {
 }
 
 fn no_resources(what: &str, error: &io::Error) -> Cause {
-    Cause::passing(
-        "no_resources",
-        Exit::Bug.code(),
-        format!("{what} could not be started: {error}"),
-        "Look at the limits on processes, descriptors and memory (ulimit -a, pids.max).",
-    )
+    let what = format!("{what} could not be started");
+    Cause::of_a_limit(&what, error).unwrap_or_else(|| {
+        let advice = "Look at the limits on processes, descriptors and memory (ulimit -a, pids.max).";
+        Cause::passing("no_resources", Exit::Bug.code(), format!("{what}: {error}"), advice)
+    })
 }

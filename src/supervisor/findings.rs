@@ -19,7 +19,7 @@ use crate::launch::spawner::Spawner;
 use crate::launch::tree::Tree;
 use crate::observe::bundle::Page;
 use crate::sys::proc;
-use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
+use crate::sys::spawn::{Spec, Stream};
 
 /// All stacks together: they are taken at once, and an examination has 5 s.
 const STACKS: Duration = Duration::from_secs(3);
@@ -143,19 +143,7 @@ pub async fn nvidia_smi(spawner: &Spawner) -> Page {
 /// Runs a tool and returns what it printed, or why there is nothing.
 async fn said(spawner: &Spawner, argv: Vec<OsString>, env: BTreeMap<OsString, OsString>, limit: Duration) -> String {
     let name = argv.first().map(|program| program.to_string_lossy().into_owned()).unwrap_or_default();
-    let spec = Spec {
-        argv,
-        arg0: None,
-        env,
-        session: Session::New,
-        stdin: Stream::Null,
-        stdout: Stream::Piped,
-        stderr: Stream::Null,
-        keep: Vec::new(),
-        cwd: None,
-        on_parent_death: ParentDeath::Kill,
-        cgroup: None,
-    };
+    let spec = Spec { stdout: Stream::Piped, ..Spec::quiet(argv, env) };
     let (mut child, end) = match spawner.spawn(spec).await {
         Ok(started) => started,
         Err(error) => return format!("({name}: {error})\n"),

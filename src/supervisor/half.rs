@@ -23,10 +23,10 @@ const SHORT_LIFE: Duration = Duration::from_secs(1);
 const NEXT_TRY: Duration = Duration::from_millis(500);
 /// A proxy whose link has ended closes everything within milliseconds.
 const CLOSE_LIMIT: Duration = Duration::from_millis(500);
-/// Commands under way: drain, cut, scrapes.
+/// Commands under way: drain, cut, questions.
 const COMMANDS: usize = 16;
-/// A metrics page is gathered within milliseconds; a proxy that takes longer is stuck.
-const SCRAPE_LIMIT: Duration = Duration::from_secs(2);
+/// What is asked for is gathered within milliseconds; a proxy that takes longer is stuck.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
 /// What the proxy is told; the latest counts.
 #[derive(Debug, Clone)]
@@ -54,10 +54,17 @@ enum Command {
     Send(Box<Down>),
     /// End the proxy, and keep none from now on.
     Close,
-    Scrape(oneshot::Sender<String>),
+    Ask(Question, oneshot::Sender<String>),
 }
 
-/// Scrapes are numbered over all proxies: a late answer of a dead one finds no waiter.
+/// What the proxy answers with a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Question {
+    Metrics,
+    Recent,
+}
+
+/// Questions are numbered over all proxies: a late answer of a dead one finds no waiter.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
 /// Speaks to whichever proxy runs at the moment.
@@ -107,9 +114,18 @@ impl Half {
 
     /// Its metrics page; `None` while no proxy answers.
     pub async fn scrape(&self) -> Option<String> {
+        self.ask(Question::Metrics).await
+    }
+
+    /// The last requests that went towards the engine, a line each; `None` while no proxy answers.
+    pub async fn recent(&self) -> Option<String> {
+        self.ask(Question::Recent).await
+    }
+
+    async fn ask(&self, what: Question) -> Option<String> {
         let (reply, answer) = oneshot::channel();
-        self.commands.try_send(Command::Scrape(reply)).ok()?;
-        tokio::time::timeout(SCRAPE_LIMIT, answer).await.ok()?.ok()
+        self.commands.try_send(Command::Ask(what, reply)).ok()?;
+        tokio::time::timeout(ANSWER_LIMIT, answer).await.ok()?.ok()
     }
 }
 
@@ -175,7 +191,7 @@ async fn run(
     writer.send(&Down::Engine(first)).await?;
 
     let mut heartbeat = tokio::time::interval(HEARTBEAT);
-    let mut scrapes: BTreeMap<u64, oneshot::Sender<String>> = BTreeMap::new();
+    let mut asked: BTreeMap<u64, oneshot::Sender<String>> = BTreeMap::new();
     loop {
         let message = tokio::select! {
             how = &mut end => {
@@ -191,7 +207,7 @@ async fn run(
                         });
                     }
                     Ok(Some(Up::Scraped { id, text })) => {
-                        if let Some(reply) = scrapes.remove(&id) {
+                        if let Some(reply) = asked.remove(&id) {
                             let _ = reply.send(text);
                         }
                     }
@@ -232,11 +248,14 @@ async fn run(
                     }
                     return Ok(Ended::NoLongerWanted);
                 }
-                Some(Command::Scrape(reply)) => {
+                Some(Command::Ask(what, reply)) => {
                     let id = NEXT.fetch_add(1, Ordering::Relaxed);
-                    scrapes.retain(|_, waiting| !waiting.is_closed());
-                    scrapes.insert(id, reply);
-                    Down::Scrape { id }
+                    asked.retain(|_, waiting| !waiting.is_closed());
+                    asked.insert(id, reply);
+                    match what {
+                        Question::Metrics => Down::Scrape { id },
+                        Question::Recent => Down::Recent { id },
+                    }
                 }
                 None => return Ok(Ended::NoLongerWanted),
             },

@@ -14,7 +14,7 @@ use super::step::State;
 use crate::engine::argv::LaunchSpec;
 use crate::engine::death::Reached;
 use crate::engine::log::Fact;
-use crate::engine::progress::{History, Progress, Stage};
+use crate::engine::progress::{History, Known, Progress, Stage};
 use crate::launch::output::Said;
 use crate::link::status::WeightsStatus;
 use crate::weights::Pace;
@@ -120,8 +120,9 @@ impl Loading {
     }
 
     /// The engine's process exists.
-    pub fn launched(&mut self, tp: u32, memory: Memory) {
-        let progress = Progress::new(tp, memory.recall().as_ref());
+    pub fn launched(&mut self, tp: u32, memory: Memory, known: Known) {
+        let mut progress = Progress::new(tp, memory.recall().as_ref());
+        progress.know(known);
         self.named.clear();
         self.start = Some(Start { since: Instant::now(), progress, memory });
     }
@@ -135,6 +136,20 @@ impl Loading {
         start.progress.observe(said.fact, said.rank, start.since.elapsed().as_millis() as u64);
         // Each rank's own step is progress too, though the slowest one sets the percentage.
         News::Further
+    }
+
+    /// Shards are read ahead of it.
+    pub fn read_ahead(&mut self, done: u64, total: u64) {
+        if let Some(start) = &mut self.start {
+            start.progress.read_ahead(done, total, start.since.elapsed().as_millis() as u64);
+        }
+    }
+
+    /// Its processes have taken so many bytes from disks since they live.
+    pub fn stored(&mut self, bytes: u64) {
+        if let Some(start) = &mut self.start {
+            start.progress.stored(bytes, start.since.elapsed().as_millis() as u64);
+        }
     }
 
     /// Ready: what it took is kept for the next start.
@@ -198,7 +213,7 @@ impl Loading {
     /// Why the start takes long at present, where that is known; empty where it is not.
     pub fn slow(&self, state: &State) -> String {
         let (State::Loading { .. }, Some(start)) = (state, &self.start) else { return String::new() };
-        start.progress.slow().unwrap_or_default().to_owned()
+        start.progress.slow().map(|slow| slow.to_string()).unwrap_or_default()
     }
 
     /// How far the engine came, for the cause of its death.

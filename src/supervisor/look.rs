@@ -20,6 +20,10 @@ pub struct Look {
     pub ranks: Vec<(RankStatus, Stat)>,
     /// The first of them, or the main process, that is stopped.
     pub stopped: Option<Stat>,
+    /// All of its processes.
+    pub members: Vec<i32>,
+    /// Bytes that they have read from disks since they live; none: not ours to see.
+    pub stored: Option<u64>,
     pub sample: Sample,
 }
 
@@ -28,11 +32,13 @@ pub fn look(tree: &Tree, at: Millis, caches: &[PathBuf]) -> Look {
     let members = tree.members();
     let of = tree.leader.map_or(0, |leader| leader.pid);
     let mut sample = Sample { at, ..Sample::default() };
+    let mut stored = None;
     for member in &members {
         let id = (member.pid, member.start_time);
         // Not ours to read (another user, hidepid), or gone: no evidence.
         if let Some(bytes) = proc::bytes_read(member.pid) {
-            sample.read.insert(id, bytes);
+            sample.read.insert(id, bytes.sum());
+            *stored.get_or_insert(0) += bytes.stored;
         }
         if is_compiler(&member.comm)
             && !member.is_stopped()
@@ -48,7 +54,7 @@ pub fn look(tree: &Tree, at: Millis, caches: &[PathBuf]) -> Look {
     let ranks = ranks(&members);
     let mut needed = members.iter().filter(|member| member.pid == of).chain(ranks.iter().map(|(_, stat)| stat));
     let stopped = needed.find(|stat| stat.is_stopped()).cloned();
-    Look { of, ranks, stopped, sample }
+    Look { of, ranks, stopped, members: members.iter().map(|member| member.pid).collect(), stored, sample }
 }
 
 /// The engine's processes by their titles, in the titles' order.

@@ -12,6 +12,7 @@ pub mod findings;
 pub mod half;
 pub mod loading;
 pub mod look;
+pub mod oversight;
 pub mod prepare;
 pub mod releasing;
 pub mod report;

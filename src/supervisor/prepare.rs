@@ -2,6 +2,7 @@
 //! YAML are there, what an earlier run left is ended.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -9,19 +10,24 @@ use std::path::{Path, PathBuf};
 
 use rand::Rng;
 
+use super::ahead::reads_files;
 use super::cause::Cause;
+use super::releasing::flag;
 use crate::config::folders::Folders;
 use crate::config::{Config, ModelSource};
 use crate::engine::argv::{LaunchSpec, Placement, launch_spec};
-use crate::engine::env::Env;
+use crate::engine::env::{Env, kernel_caches};
+use crate::engine::progress::{Device, Kernels, Known};
 use crate::engine::resolve::Resolved;
 use crate::exit::Exit;
+use crate::launch::caches;
 use crate::launch::leftovers::Leftovers;
 use crate::launch::port::HeldPort;
 use crate::launch::record::Record;
 use crate::launch::tree::Tree;
 use crate::link::Upstream;
 use crate::weights::Snapshot;
+use crate::weights::ahead::shards;
 
 /// One start, ready to be forked.
 #[derive(Debug)]
@@ -35,6 +41,8 @@ pub struct Prepared {
     pub yaml: PathBuf,
     /// Never to be shown: this start's keys.
     pub secrets: Vec<String>,
+    /// What its first ETA is made from.
+    pub known: Known,
 }
 
 /// What a start is made from.
@@ -46,6 +54,8 @@ pub struct Ingredients {
     pub resolved: Resolved,
     /// The model's and its companions'; empty for a local folder.
     pub snapshots: Vec<Snapshot>,
+    /// Where weights lie.
+    pub weights: Vec<PathBuf>,
 }
 
 /// Does it all. Blocking: files, `/proc`, and up to ten seconds for processes of an earlier run.
@@ -63,12 +73,11 @@ pub fn prepare(from: &Ingredients) -> Result<Prepared, Cause> {
 
 fn write(from: &Ingredients, launch_id: &str, leftovers: Leftovers) -> Result<Prepared, Cause> {
     let port = HeldPort::take().map_err(|error| {
-        Cause::passing(
-            "port",
-            Exit::Engine.code(),
-            format!("No free port between 12000 and 22000 could be had for the engine: {error}."),
-            "See who listens there (ss -ltnp).",
-        )
+        let what = "No free port between 12000 and 22000 could be had for the engine";
+        Cause::of_a_limit(what, &error).unwrap_or_else(|| {
+            let advice = "See who listens there (ss -ltnp).";
+            Cause::passing("port", Exit::Engine.code(), format!("{what}: {error}."), advice)
+        })
     })?;
     let api_key = random_hex(16);
     let admin_api_key = random_hex(16);
@@ -90,6 +99,7 @@ fn write(from: &Ingredients, launch_id: &str, leftovers: Leftovers) -> Result<Pr
     let spec = launch_spec(&from.config, &from.resolved, &placement);
     write_private(&yaml, spec.yaml.as_bytes()).map_err(|e| no_folder(&yaml.display().to_string(), &e))?;
     Ok(Prepared {
+        known: known(from, &spec),
         upstream: Upstream {
             addr: port.addr(),
             api_key: Some(api_key.clone()),
@@ -102,6 +112,33 @@ fn write(from: &Ingredients, launch_id: &str, leftovers: Leftovers) -> Result<Pr
         yaml,
         secrets: vec![api_key, admin_api_key],
     })
+}
+
+/// What tells how long a start may take that nobody has seen before.
+fn known(from: &Ingredients, spec: &LaunchSpec) -> Known {
+    let says = |name: &str| flag(&from.resolved, name);
+    let format = says("load-format");
+    let weights = match format.as_deref() {
+        Some("dummy") => Some(0),
+        format if reads_files(format) => {
+            let shards = from.weights.iter().filter_map(|folder| shards(folder).ok()).flatten();
+            Some(shards.map(|shard| shard.bytes).sum())
+        }
+        _ => None,
+    };
+    let on_cpu = spec.env.get(OsStr::new("SGLANG_USE_CPU_ENGINE")).is_some_and(|value| value == "1");
+    let backend = says("cuda-graph-backend-decode");
+    let no_graphs = on_cpu
+        || says("device").as_deref() == Some("cpu")
+        || says("disable-cuda-graph").is_some()
+        || backend.as_deref() == Some("disabled");
+    let caches = kernel_caches(&spec.env);
+    Known {
+        weights,
+        cores: std::thread::available_parallelism().ok().and_then(|cores| u32::try_from(cores.get()).ok()),
+        device: if no_graphs { Device::Cpu } else { Device::Gpu },
+        kernels: if caches::measure(&caches).bytes == 0 { Kernels::None } else { Kernels::Perhaps },
+    }
 }
 
 /// What a killed sglangd left, where no guard, cgroup or container ended it: ended before anything
@@ -166,6 +203,9 @@ fn random_hex(bytes: usize) -> String {
 }
 
 fn no_folder(what: &str, error: &io::Error) -> Cause {
+    if let Some(cause) = Cause::of_a_limit(&format!("{what} could not be written"), error) {
+        return cause;
+    }
     let advice = match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "Free some space there.",
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {

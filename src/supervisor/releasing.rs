@@ -61,7 +61,8 @@ impl Uses {
 
 const VISIBLE: &str = "CUDA_VISIBLE_DEVICES";
 
-fn flag(resolved: &Resolved, name: &str) -> Option<String> {
+/// What a flag is set to; a switch that is on is "true", or empty.
+pub fn flag(resolved: &Resolved, name: &str) -> Option<String> {
     let in_yaml = resolved.yaml.iter().rev().find(|(flag, _)| flag == name).map(|(_, value)| match value {
         YamlValue::True => "true".to_owned(),
         YamlValue::Word(word) => word.clone(),

@@ -28,7 +28,7 @@ use crate::link::status::RankStatus;
 use crate::observe::clock;
 use crate::sys::cgroup::Cgroup;
 use crate::sys::proc::{self, Stat};
-use crate::sys::spawn::{ParentDeath, Session, Spec, Stream};
+use crate::sys::spawn::{Spec, Stream};
 
 /// How long the last lines may take to come through the pipes once the main process is dead; its
 /// children may hold them open for longer.
@@ -84,17 +84,10 @@ pub async fn launch(
     let Prepared { spec, upstream, port, mut tree, leftovers, secrets, .. } = prepared;
     let group = own_group(&tree.launch_id);
     let order = Spec {
-        argv: spec.argv.clone(),
-        arg0: None,
-        env: spec.env.clone(),
-        session: Session::New,
-        stdin: Stream::Null,
         stdout: Stream::Piped,
         stderr: Stream::Piped,
-        keep: Vec::new(),
-        cwd: None,
-        on_parent_death: ParentDeath::Kill,
         cgroup: group.as_ref().and_then(|group| group.door().ok()),
+        ..Spec::quiet(spec.argv.clone(), spec.env.clone())
     };
     let started = spawner.spawn(order).await;
     let (mut child, end) = match started {

@@ -79,15 +79,29 @@ fn parse_cpu_ticks(text: &str) -> Option<u64> {
     Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
 }
 
-/// Bytes that a process has read so far: by system calls (from anything) and, where that is not the same
-/// (mapped files), from disks. What comes from a disk by a call counts twice: the sum only tells growth.
-pub fn bytes_read(pid: i32) -> Option<u64> {
+/// Bytes that a process has read so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BytesRead {
+    /// By system calls, from anything.
+    pub called: u64,
+    /// From disks, by calls or through mapped files: what lay in the page cache is not in it.
+    pub stored: u64,
+}
+
+impl BytesRead {
+    /// What comes from a disk by a call counts twice: the sum only tells growth.
+    pub fn sum(self) -> u64 {
+        self.called.saturating_add(self.stored)
+    }
+}
+
+pub fn bytes_read(pid: i32) -> Option<BytesRead> {
     parse_bytes_read(&fs::read_to_string(format!("/proc/{pid}/io")).ok()?)
 }
 
-fn parse_bytes_read(text: &str) -> Option<u64> {
+fn parse_bytes_read(text: &str) -> Option<BytesRead> {
     let of = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
-    Some(of("rchar:")?.saturating_add(of("read_bytes:")?))
+    Some(BytesRead { called: of("rchar:")?, stored: of("read_bytes:")? })
 }
 
 /// The command line as one text; empty for zombies and kernel threads.
@@ -203,12 +217,13 @@ mod tests {
         let line = "42 (a) b (c) S 1 40 39 0 -1 4194560 1 2 3 4 500 60 7 8 20 0 1 0 987654 10 20 1 2 3";
         assert_eq!(parse_cpu_ticks(line), Some(560));
         let io = "rchar: 1000\nwchar: 5\nsyscr: 1\nsyscw: 1\nread_bytes: 4096\nwrite_bytes: 0\n";
-        assert_eq!(parse_bytes_read(io), Some(5096));
+        let read = parse_bytes_read(io).expect("both are there");
+        assert_eq!((read.called, read.stored, read.sum()), (1000, 4096, 5096));
         assert_eq!(parse_bytes_read(""), None);
         let own = i32::try_from(std::process::id()).expect("a pid");
         let before = bytes_read(own).expect("our own entry");
         fs::read("/proc/self/environ").expect("our own environment");
-        assert!(bytes_read(own).expect("our own entry") > before);
+        assert!(bytes_read(own).expect("our own entry").called > before.called);
         assert!(cpu_ticks(own).is_some());
     }
 

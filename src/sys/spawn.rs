@@ -81,22 +81,29 @@ pub struct Spawned {
 const ORPHANED_BEFORE_EXEC: i32 = 70;
 
 impl Spec {
-    /// This program once more, with other words: in a session of its own, silent but for its log, and
+    /// A program in a session of its own, with nothing but this environment, that hears and says nothing and is
     /// ended with us.
-    pub fn ourselves(words: impl IntoIterator<Item = OsString>, env: BTreeMap<OsString, OsString>) -> Self {
+    pub fn quiet(argv: Vec<OsString>, env: BTreeMap<OsString, OsString>) -> Self {
         Self {
-            argv: std::iter::once(own_program()).chain(words).collect(),
-            arg0: Some("sglangd".into()),
+            argv,
+            arg0: None,
             env,
             session: Session::New,
             stdin: Stream::Null,
             stdout: Stream::Null,
-            stderr: Stream::Inherit,
+            stderr: Stream::Null,
             keep: Vec::new(),
             cwd: None,
             on_parent_death: ParentDeath::Kill,
             cgroup: None,
         }
+    }
+
+    /// This program once more, with other words: in a session of its own, silent but for its log, and
+    /// ended with us.
+    pub fn ourselves(words: impl IntoIterator<Item = OsString>, env: BTreeMap<OsString, OsString>) -> Self {
+        let argv = std::iter::once(own_program()).chain(words).collect();
+        Self { arg0: Some("sglangd".into()), stderr: Stream::Inherit, ..Self::quiet(argv, env) }
     }
 
     /// Forks and executes; returns once `execve` succeeded, or with its error.
@@ -125,7 +132,15 @@ impl Spec {
         let mut child = command.spawn()?;
         let pid = i32::try_from(child.id()).expect("Linux pids fit in 22 bits");
         // The child cannot have been reaped: only the reaper waits, and it learns of it after this.
-        let pidfd = pidfd_open(Pid::from_raw(pid).expect("a child's pid is positive"), PidfdFlags::NONBLOCK)?;
+        let pidfd = match pidfd_open(Pid::from_raw(pid).expect("a child's pid is positive"), PidfdFlags::NONBLOCK) {
+            Ok(handle) => handle,
+            Err(error) => {
+                // Without a handle (no descriptor was left) nobody could end it later. It was not reaped yet, so the
+                // pid is its own.
+                let _ = child.kill();
+                return Err(error.into());
+            }
+        };
         Ok(Spawned { pid, pidfd, stdin: child.stdin.take(), stdout: child.stdout.take(), stderr: child.stderr.take() })
     }
 }
@@ -200,19 +215,9 @@ mod tests {
     use std::io::Read;
 
     fn shell(script: &str) -> Spec {
-        Spec {
-            argv: ["/bin/sh", "-c", script].map(OsString::from).to_vec(),
-            arg0: None,
-            env: BTreeMap::from([("PATH".into(), "/usr/bin:/bin".into())]),
-            session: Session::New,
-            stdin: Stream::Null,
-            stdout: Stream::Piped,
-            stderr: Stream::Null,
-            keep: Vec::new(),
-            cwd: None,
-            on_parent_death: ParentDeath::Survive,
-            cgroup: None,
-        }
+        let argv = ["/bin/sh", "-c", script].map(OsString::from).to_vec();
+        let env = BTreeMap::from([("PATH".into(), "/usr/bin:/bin".into())]);
+        Spec { stdout: Stream::Piped, on_parent_death: ParentDeath::Survive, ..Spec::quiet(argv, env) }
     }
 
     fn output(spec: Spec) -> String {

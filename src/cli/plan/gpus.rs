@@ -38,7 +38,7 @@ impl GpuView {
             }
             gpu
         };
-        let others = sight.gpus.into_iter().filter(|gpu| chosen.gpus.iter().all(|one| one.uuid != gpu.uuid));
+        let others = sight.gpus.into_iter().filter(|gpu| chosen.gpus.iter().all(|one| one.index != gpu.index));
         Self {
             driver: Some(sight.driver),
             others: others.map(shown).collect(),

@@ -1,3 +1,5 @@
+mod first;
+
 use std::fmt::Write;
 
 use super::*;
@@ -150,7 +152,18 @@ fn lived(
     past: Option<&History>,
     warp: impl Fn(u64, Stage) -> u64,
 ) -> (Progress, Vec<(u64, Said)>, u64) {
+    lived_knowing(log, tp, past, Known::default(), warp)
+}
+
+fn lived_knowing(
+    log: &[u8],
+    tp: u32,
+    past: Option<&History>,
+    known: Known,
+    warp: impl Fn(u64, Stage) -> u64,
+) -> (Progress, Vec<(u64, Said)>, u64) {
     let mut progress = Progress::new(tp, past);
+    progress.know(known);
     let (mut said, mut now) = (Vec::new(), 0);
     let (mut before, mut was) = (0, 0);
     let mut percent = 0.0;
@@ -159,7 +172,7 @@ fn lived(
         (before, was) = (at, then);
         while now < then {
             let range = progress.eta_range_seconds(now);
-            said.push((now, Said { eta: progress.eta_seconds(now), range }));
+            said.push((now, Said { stage: progress.stage(), eta: progress.eta_seconds(now), range }));
             now += 500;
         }
         progress.observe(fact, rank, then);
@@ -171,6 +184,7 @@ fn lived(
 }
 
 struct Said {
+    stage: Stage,
     eta: Option<u64>,
     range: Option<RangeInclusive<u64>>,
 }
@@ -241,51 +255,36 @@ fn imports_from_a_warm_disk_do_not_promise_quick_graphs() {
 }
 
 #[test]
-fn a_first_start_has_a_range_that_holds_the_truth_and_gets_narrower() {
-    for (log, tp, name) in LOGS {
-        let (_, said, total) = lived(log, tp, None, |ms, _| ms);
-        let mut told = 0;
-        let mut widest = None;
-        for (now, said) in &said {
-            assert_eq!(said.eta, None, "{name}: nothing tells");
-            let Some(range) = &said.range else { continue };
-            let truth = (total - now).div_ceil(1000);
-            assert!(range.contains(&truth), "{name} at {now} ms: {truth} s, said {range:?}");
-            told += 1;
-            widest.get_or_insert(range.end() - range.start());
-        }
-        assert!(told * 10 >= said.len() * 6, "{name}: a range most of the way ({told} of {})", said.len());
-        let (_, last) = said.last().expect("it took a while");
-        let last = last.range.as_ref().expect("up to the end");
-        assert!(last.end() - last.start() < widest.expect("told") / 4, "{name}: {last:?}");
-    }
-}
-
-#[test]
-fn a_bar_that_moved_for_a_while_makes_the_range_narrow() {
-    let mut progress = Progress::new(1, None);
-    progress.observe(Fact::LoadBegin, None, 10_000);
-    let wide = progress.eta_range_seconds(10_000).expect("a range");
-    progress.observe(Fact::Shards { done: 32, total: 64 }, None, 110_000);
-    let narrow = progress.eta_range_seconds(110_000).expect("a range");
-    assert_eq!(narrow.start() - unknown::left(Stage::Load, 10_000_000, None).expect("a range").start(), 52);
-    assert!(narrow.end() < wide.end(), "{wide:?}, {narrow:?}");
-}
-
-#[test]
 fn why_it_is_slow_is_said_where_it_is_known() {
     let mut progress = Progress::new(1, None);
     progress.observe(Fact::LoadEnd { elapsed_ms: 1 }, None, 1000);
     assert_eq!(progress.slow(), None);
     progress.observe(Fact::JitCompile { percent: Some(3) }, None, 2000);
-    assert!(progress.slow().is_some_and(|why| why.contains("DeepGEMM")));
+    assert!(progress.slow().is_some_and(|why| why.to_string().contains("DeepGEMM")));
     progress.observe(Fact::AutotuneBegin, None, 3000);
-    assert!(progress.slow().is_some_and(|why| why.contains("FlashInfer")));
+    assert!(progress.slow().is_some_and(|why| why.to_string().contains("FlashInfer")));
     progress.observe(Fact::AutotuneEnd, None, 4000);
     assert_eq!(progress.slow(), None);
     progress.observe(Fact::JitCompile { percent: None }, None, 5000);
     progress.observe(Fact::CaptureBegin(Graphs::Decode), None, 6000);
     assert_eq!(progress.slow(), None, "over by then");
+}
+
+#[test]
+fn weights_that_come_from_the_disk_are_said_while_they_do() {
+    let mut progress = Progress::new(1, None);
+    for second in 0..30 {
+        progress.stored(second * 500_000_000, second * 1000);
+        assert_eq!(progress.slow(), None, "imports read from the disk, too");
+    }
+    progress.observe(Fact::LoadBegin, None, 30_000);
+    for second in 30..40 {
+        progress.stored(second * 500_000_000, second * 1000);
+    }
+    let said = progress.slow().expect("it is slow, and known why").to_string();
+    assert_eq!(said, "the weights are not in the page cache: they come from the disk at 0.50 GB/s");
+    progress.observe(Fact::LoadEnd { elapsed_ms: 1 }, None, 41_000);
+    assert_eq!(progress.slow(), None);
 }
 
 /// A start of two steps: 20 s of imports and what else comes before the work, and 60 s of load.

@@ -12,6 +12,8 @@ pub struct Knobs {
     pub import: Option<Duration>,
     /// Of each stream (`SGLANG_SIM_TOKENS_PER_SECOND`).
     pub tokens_per_second: f64,
+    /// The KV cache's (`SGLANG_SIM_KV_TOKENS`), as the log tells it.
+    pub kv_tokens: u64,
     /// How often a drain looks whether requests are left (`SGLANG_SIM_DRAIN_POLL_SECONDS`; the real
     /// engine: 5 s).
     pub drain_poll: Duration,
@@ -125,6 +127,10 @@ impl Knobs {
             start: seconds("SGLANG_SIM_START_SECONDS")?.unwrap_or(Duration::from_secs(4)),
             import: seconds("SGLANG_SIM_IMPORT_SECONDS")?,
             tokens_per_second,
+            kv_tokens: match get("SGLANG_SIM_KV_TOKENS") {
+                None => 65_536,
+                Some(text) => text.parse().map_err(|_| KnobError::Number("SGLANG_SIM_KV_TOKENS".into(), text))?,
+            },
             drain_poll: seconds("SGLANG_SIM_DRAIN_POLL_SECONDS")?.unwrap_or(Duration::from_secs(1)),
             bind_wait: seconds("SGLANG_SIM_BIND_WAIT_SECONDS")?.unwrap_or(Duration::from_mins(2)),
             health_timeout: integer("SGLANG_HEALTH_CHECK_TIMEOUT", 20),

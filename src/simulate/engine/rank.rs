@@ -287,7 +287,10 @@ async fn load(kind: Kind, folder: &std::path::Path, weights: Weights, knobs: &Kn
     say("Memory pool end. avail mem=31.20 GB".into());
     graphs(rank, first, knobs).await;
     if first {
-        say("max_total_num_tokens=65536, chunked_prefill_size=4096, max_prefill_tokens=16384, max_running_requests=32, context_len=32768, available_gpu_mem=29.96 GB".into());
+        let tokens = knobs.kv_tokens;
+        say(format!(
+            "max_total_num_tokens={tokens}, chunked_prefill_size=4096, max_prefill_tokens=16384, max_running_requests=32, context_len=32768, available_gpu_mem=29.96 GB"
+        ));
     }
     Ok(())
 }

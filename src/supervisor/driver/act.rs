@@ -80,6 +80,7 @@ impl Driver {
             own_env: self.means.own_env.clone(),
             resolved: acquired.resolved.clone(),
             snapshots: acquired.snapshots.clone(),
+            weights: acquired.folders.clone(),
         };
         self.node.uses = Some(Uses::of(&from.config, &from.resolved, &from.own_env));
         let reports = self.reports.clone();
@@ -145,6 +146,7 @@ impl Driver {
             }
         });
         let program = prepared.spec.argv.first().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
+        let known = prepared.known;
         let launched = launch(*prepared, &self.spawner, &self.means.folders.runtime, self.said.clone(), notices).await;
         match launched {
             Ok((engine, record)) => {
@@ -158,7 +160,7 @@ impl Driver {
                     self.guard = None;
                 }
                 let memory = Memory::of(&self.means.folders.state, &engine.spec);
-                self.loading.launched(self.config().engine.tp, memory);
+                self.loading.launched(self.config().engine.tp, memory, known);
                 self.engine = Some(engine);
                 self.read_ahead();
                 Box::pin(self.on(Event::Launched)).await;
@@ -228,6 +230,7 @@ impl Driver {
         let stacks = if matches!(verdict, Some(Judged::Hung(_))) { Stacks::Take } else { Stacks::Leave };
         let before = self.cause.as_ref().map(|cause| cause.failure.class);
         let node = self.node.witness(&self.ranks, self.engine.as_ref().map(|engine| engine.pid));
+        let requests = bundle::requests(self.half.clone());
         tokio::spawn(async move {
             // Both before anything is killed; together they take no longer than the stacks of a hung one.
             let (tail, alive) = tokio::join!(words, subject.alive(&spawner, stacks));
@@ -236,10 +239,11 @@ impl Driver {
             let log = subject.tail(&tail);
             let found = Found { ended, reached, tail, signatures: heard.signatures(), verdict, node };
             let cause = autopsy::examine(&found, before);
-            let pages = [vec![bundle::cause(&cause), log], about, subject.start(), alive].concat();
+            let mut pages = [vec![bundle::cause(&cause), log], about, subject.start(), alive].concat();
             let class = cause.failure.class;
             // The restart goes on; what is written down is for later.
             let _ = reports.send(Report::Examined(cause)).await;
+            pages.push(requests.await);
             let written = bundle::written(state, class, pages, &spawner).await;
             let _ = reports.send(Report::Bundled(written)).await;
         });

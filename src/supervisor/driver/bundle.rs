@@ -9,6 +9,7 @@ use super::{Driver, Report};
 use crate::observe::bundle::{self, Page};
 use crate::supervisor::cause::Cause;
 use crate::supervisor::findings::{Stacks, Subject, nvidia_smi};
+use crate::supervisor::half::Half;
 
 /// A disk that does not take some hundred kilobytes within this takes none.
 const DISK: Duration = Duration::from_secs(20);
@@ -16,6 +17,12 @@ const DISK: Duration = Duration::from_secs(20);
 /// What everybody was told of it.
 pub(super) fn cause(cause: &Cause) -> Page {
     Page::new("cause", format!("{}\n{}\n{}\n", cause.failure.class, cause.sentence, cause.advice))
+}
+
+/// By whom the engine was asked last, as the proxy knows it.
+pub(super) async fn requests(half: Half) -> Page {
+    let told = half.recent().await.unwrap_or_else(|| "(the proxy did not answer)\n".to_owned());
+    Page::new("requests", told)
 }
 
 /// Writes it, off the runtime's workers, and adds what takes long.
@@ -60,12 +67,14 @@ impl Driver {
     /// Of the engine as it is now, whatever it is doing.
     fn make(&self, why: &'static str) -> impl Future<Output = Result<PathBuf, String>> + Send + use<> {
         let (state, spawner, about) = (self.means.folders.state.clone(), self.spawner.clone(), self.about());
+        let half = self.half.clone();
         let subject = self
             .engine
             .as_ref()
             .map(|engine| (Subject::new(engine.tree.clone(), engine.spec.clone()), engine.heard.tail()));
         async move {
             let mut pages = about;
+            pages.push(requests(half).await);
             if let Some((subject, tail)) = subject {
                 pages.push(subject.tail(&tail));
                 pages.extend(subject.start());

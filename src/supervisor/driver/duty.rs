@@ -1,23 +1,61 @@
 //! What the driver does with news from outside, and by itself each second.
 
+use std::time::Duration;
+
+use tokio::time::Instant;
+
 use super::{Driver, Event, Order, Report, State};
 use crate::engine::death::Reached;
 use crate::engine::log::{Fact, Signature};
 use crate::engine::remarks::Expected;
 use crate::health::watch::Sign;
 use crate::launch::output::Said;
+use crate::launch::reaper::BATCH;
 use crate::link::status::{ReadAhead, WeightsStatus};
+use crate::shutdown::Wish;
 use crate::supervisor::ahead::{Reading, told};
 use crate::supervisor::autopsy::Judged;
 use crate::supervisor::loading::News;
+use crate::supervisor::oversight::{self, Drain};
 use crate::supervisor::running::Notice;
 use crate::weights::ahead::Ahead;
 use crate::weights::{Pace, Progress};
 
+/// Stop signals closer together than this are one; nobody presses Ctrl-C twice so fast.
+const ONE_WISH: Duration = Duration::from_millis(100);
 /// How the warning about what a reload could not make live begins.
 const WAITS: &str = "changed in the configuration, live only after a restart";
 
 impl Driver {
+    pub(super) async fn wished(&mut self, wish: Wish) {
+        match wish {
+            // Terminals, `timeout` and container runtimes signal a process and its group: two signals
+            // so close are one wish.
+            Wish::Stop if self.stop_asked.is_some_and(|at| at.elapsed() < ONE_WISH) => {}
+            Wish::Stop => {
+                self.stop_asked.get_or_insert_with(Instant::now);
+                if self.machine.stopping() {
+                    tracing::warn!("asked again to stop: not waiting any longer");
+                } else {
+                    tracing::info!("stopping, within {} s", self.config().shutdown.grace.as_secs());
+                    self.systemd.stopping();
+                }
+                self.on(Event::Stop).await;
+                self.hurry.cancel();
+            }
+            Wish::Reload => self.reloaded(),
+            Wish::Reap => {
+                while self.spawner.reap() == BATCH {
+                    tokio::task::yield_now().await;
+                }
+            }
+            Wish::Quit => tracing::warn!(
+                "SIGQUIT: an orphaned rank of the engine signals its failure, or somebody wants a core dump; nothing is done about it"
+            ),
+            Wish::Nothing => tracing::debug!("SIGUSR1 or SIGUSR2: nothing is done about it"),
+        }
+    }
+
     pub(super) async fn reported(&mut self, report: Report) {
         match report {
             Report::Acquired(Ok(acquired)) => {
@@ -114,7 +152,10 @@ impl Driver {
     pub(super) fn read_ahead_is(&mut self, ahead: Ahead) {
         let over = self.reading.as_ref().is_none_or(Reading::is_over);
         match ahead {
-            Ahead::Reading { done, total } if !over => self.read_ahead = Some(ReadAhead { done, total }),
+            Ahead::Reading { done, total } if !over => {
+                self.read_ahead = Some(ReadAhead { done, total });
+                self.loading.read_ahead(done, total);
+            }
             Ahead::Reading { .. } => {}
             Ahead::Done(outcome) => {
                 self.read_ahead = None;
@@ -152,34 +193,33 @@ impl Driver {
 
     pub(super) async fn traffic_changed(&mut self) {
         let view = self.half_view.borrow_and_update().clone();
-        let busy = view.traffic.in_flight > 0 || view.traffic.open_answers > 0;
         let now = self.now();
         // A WebSocket may be silent for as long as its client is.
         self.vigil.watch.requests(view.traffic.in_flight.saturating_sub(view.traffic.websockets), now);
         if let Some(age) = view.traffic.last_byte_ms {
             self.vigil.watch.sign(Sign::Token, now.saturating_sub(age));
         }
-        // Only a report that is newer than the drain, of a proxy that knows of it, proves that nothing slipped
-        // in before it.
-        let newer = self.drain_asked.is_some_and(|asked| view.reports > asked);
-        let proven = view.pid.is_none() || (newer && view.traffic.closed);
-        if matches!(self.machine.state, State::Draining { .. }) && !busy && proven {
+        let drain = Drain {
+            asked: self.drain_asked,
+            reports: view.pid.map(|_| view.reports),
+            closed: view.traffic.closed,
+            open: view.traffic.in_flight + view.traffic.open_answers,
+        };
+        if matches!(self.machine.state, State::Draining { .. }) && oversight::is_drained(&drain) {
             self.on(Event::Idle).await;
         }
     }
 
     /// Time in which we did not run is no silence of the engine's: every patience begins anew.
     pub(super) async fn woke(&mut self) {
-        let gap = self.awake.elapsed();
-        if gap < super::OVERSLEPT {
-            return;
+        let (gap, now) = (self.awake.elapsed(), self.now());
+        if let Some(event) = oversight::woke(&mut self.vigil.watch, gap, now) {
+            tracing::warn!(
+                "sglangd itself did not run for {} s; the engine's silence meanwhile does not count",
+                gap.as_secs()
+            );
+            self.on(event).await;
         }
-        tracing::warn!(
-            "sglangd itself did not run for {} s; the engine's silence meanwhile does not count",
-            gap.as_secs()
-        );
-        self.vigil.watch.begin_anew(self.now());
-        self.on(Event::Progressed).await;
     }
 
     /// SIGHUP: limits and keys go live, all else is named; a bad file changes nothing.

@@ -93,7 +93,9 @@ impl Witness {
 impl Driver {
     /// Now and then; never two looks at once, since a driver may hang.
     pub(super) fn look_at_gpus(&mut self) {
-        let every = if matches!(self.machine.state, State::Loading { .. }) { LOOK_LOADING } else { LOOK_ELSE };
+        // Memory that fills is progress: seen often enough to count before a start is called stalled.
+        let loading = LOOK_LOADING.min(self.config().start.stall / 4);
+        let every = if matches!(self.machine.state, State::Loading { .. }) { loading } else { LOOK_ELSE };
         if self.node.in_flight || self.node.asked.is_some_and(|at| at.elapsed() < every) {
             return;
         }
@@ -133,6 +135,13 @@ impl Driver {
         self.node.look = Some(look);
     }
 
+    /// What these processes hold of the engine's GPUs, as far as it can be told from others' memory.
+    pub(super) fn gpu_bytes(&self, members: &[i32]) -> Option<u64> {
+        let sight = self.node.sight()?;
+        let chosen = self.node.uses.as_ref()?.choose(&sight.gpus).gpus;
+        (!chosen.is_empty()).then(|| chosen.iter().map(|gpu| gpu.held_by(members)).sum())
+    }
+
     pub(super) fn gpu_status(&self) -> Vec<GpuStatus> {
         let Some(sight) = self.node.sight() else { return Vec::new() };
         let chosen = self.node.uses.as_ref().map(|uses| uses.choose(&sight.gpus).gpus);
@@ -143,7 +152,8 @@ impl Driver {
             driver: sight.driver.clone(),
             memory_total: gpu.memory_total,
             memory_used: gpu.memory_used,
-            engine: chosen.as_ref().map(|chosen| chosen.iter().any(|one| one.uuid == gpu.uuid)),
+            // A part of it is the engine's, too.
+            engine: chosen.as_ref().map(|chosen| chosen.iter().any(|one| one.index == gpu.index)),
         };
         sight.gpus.iter().map(status).collect()
     }

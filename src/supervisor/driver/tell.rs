@@ -47,11 +47,12 @@ impl Driver {
         self.systemd.step(&status);
         let line = headline(&status);
         // The percentage moves four times a second; the log gets a line when something happens.
+        let moves = |c: char| c.is_ascii_digit() || "./ %".contains(c);
         let gist = format!(
             "{}{}{}{}",
-            status.slow,
+            status.slow.replace(moves, ""),
             status.state.name(),
-            status.phase.trim_end_matches(|c: char| c.is_ascii_digit() || "/ %".contains(c)),
+            status.phase.trim_end_matches(moves),
             status.reason
         );
         if gist != self.headline {

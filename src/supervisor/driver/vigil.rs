@@ -7,16 +7,17 @@ use std::time::Duration;
 use super::{Driver, Event, Millis, Report, State};
 use crate::engine::env::kernel_caches;
 use crate::engine::remarks::{Expected, Kind, Remark};
-use crate::health::loads::{self, Figures};
+use crate::health::figures::Figures;
+use crate::health::loads;
 use crate::health::probe::{self, Pulse};
 use crate::health::signs::Signs;
-use crate::health::verdict::Verdict;
 use crate::health::watch::{Sign, Watch};
 use crate::link::status::RankStatus;
 use crate::observe::clock;
 use crate::supervisor::autopsy::Judged;
 use crate::supervisor::loading::Memory;
 use crate::supervisor::look::{Look, look};
+use crate::supervisor::oversight::{self, Answer, Beat, Opinion, Patience, Question};
 use crate::supervisor::report::Suspicion;
 use crate::supervisor::warmth;
 use crate::sys::proc::Stat;
@@ -107,32 +108,27 @@ impl Driver {
             Some(_) => watch.stopped(now),
             None => watch.running(),
         }
-        let hang_after = self.config().health.hang_after;
-        match self.vigil.watch.verdict(now, hang_after) {
-            Verdict::Alive => self.trust(),
-            Verdict::Busy => {
-                self.trust();
-                self.on(Event::LooksBusy).await;
-            }
-            Verdict::Suspected(silence) => self.suspect(silence, self.why(silence, stopped)),
-            Verdict::Hung(silence) => {
+        let health = &self.config().health;
+        let patience = Patience { hang_after: health.hang_after, probe_interval: health.probe_interval };
+        let Beat { opinion, event, questions } = oversight::beat(&mut self.vigil.watch, now, &patience);
+        match opinion {
+            Opinion::Trusted => self.trust(),
+            Opinion::Suspected(silence) => self.suspect(silence, self.why(silence, stopped)),
+            Opinion::Hung(silence) => {
                 let why = self.why(silence, stopped);
                 self.vigil.judged.get_or_insert(Judged::Hung(format!("The engine hung: {why}.")));
-                self.on(Event::Hung).await;
-                return;
             }
         }
+        if let Some(event) = event {
+            self.on(event).await;
+        }
         self.remark();
-        if self.vigil.watch.wants_probe(now, self.config().health.probe_interval) {
-            self.probe(now);
-        }
-        if self.vigil.watch.wants_look(now, hang_after) {
-            self.vigil.watch.looks(now);
-            self.look();
-        }
-        if self.vigil.watch.wants_figures(now, hang_after) {
-            self.vigil.watch.reads(now);
-            self.read_figures();
+        for question in questions {
+            match question {
+                Question::Probe => self.probe(),
+                Question::Look => self.look(),
+                Question::Figures => self.read_figures(),
+            }
         }
     }
 
@@ -199,12 +195,16 @@ impl Driver {
     }
 
     /// What a look found.
-    pub(super) async fn looked(&mut self, seen: Look) {
+    pub(super) async fn looked(&mut self, mut seen: Look) {
         self.vigil.looking = Looking::No;
         if self.engine.as_ref().is_none_or(|engine| engine.pid != seen.of) {
             return;
         }
         let at = seen.sample.at;
+        seen.sample.gpu_bytes = self.gpu_bytes(&seen.members);
+        if let Some(bytes) = seen.stored {
+            self.loading.stored(bytes);
+        }
         let work = self.vigil.signs.take(seen.sample);
         let compiles = work.iter().any(|work| work.is_compilation());
         match self.machine.state {
@@ -259,9 +259,8 @@ impl Driver {
         self.vigil.watch.figures(news, self.now());
     }
 
-    fn probe(&mut self, now: Millis) {
+    fn probe(&self) {
         let Some(engine) = &self.engine else { return };
-        self.vigil.watch.asked(now);
         let (addr, limit, reports) = (engine.upstream.addr, self.config().health.probe_timeout, self.reports.clone());
         tokio::spawn(async move {
             let pulse = probe::pulse(addr, limit).await;
@@ -270,20 +269,16 @@ impl Driver {
     }
 
     pub(super) async fn pulsed(&mut self, pulse: &Pulse) {
-        let now = self.now();
-        match pulse {
-            Pulse::Healthy => {
-                self.vigil.watch.passed(now);
-                self.on(Event::Healthy).await;
-            }
-            Pulse::Refused(_) | Pulse::Silent(_) => {
-                self.vigil.watch.failed();
-                if !Self::is_past_loading(&self.machine) {
-                    tracing::warn!("the engine looked ready, but its /health said otherwise ({pulse:?}); asking again");
-                }
-                self.on(Event::Unhealthy).await;
-            }
+        let answer = match pulse {
+            Pulse::Healthy => Answer::Healthy,
+            Pulse::Refused(_) | Pulse::Silent(_) => Answer::Not,
+        };
+        if answer == Answer::Not && !Self::is_past_loading(&self.machine) {
+            tracing::warn!("the engine looked ready, but its /health said otherwise ({pulse:?}); asking again");
         }
+        let now = self.now();
+        let event = oversight::answered(&mut self.vigil.watch, answer, now);
+        self.on(event).await;
     }
 
     /// Ready: from now on its ranks are known, and each that ends is told of at once. Ready again after it was

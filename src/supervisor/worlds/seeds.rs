@@ -1,8 +1,9 @@
 //! Whole lives in worlds made of numbers: the machine, the watch over its engine and the policy of restarts
 //! are the real ones; the engine, the node, the clients and the clock are not. One seed is one world.
 //!
-//! What the driver does in between (which report becomes which event, a beat each second, a probe where it
-//! is wanted) is told again here in as few lines; its own file carries descriptors and processes.
+//! What the driver decides in between (what a beat leads to, a probe's end, a gap of its own, a drain that is over)
+//! is the real `oversight`. Told again here is only how actions are carried out and which report says so: the
+//! driver's own files carry descriptors and processes.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -11,14 +12,13 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use super::super::oversight::{self, Answer, Drain, Opinion, Patience, Question};
 use super::super::step::*;
 use super::shadow::Shadow;
 use super::{BAD_FLAG, CRASH, OOM, POLICY, name};
-use crate::health::verdict::Verdict;
 use crate::health::watch::{Sign, Watch};
 
-const HANG_AFTER: Duration = Duration::from_mins(2);
-const PROBE_EVERY: Duration = Duration::from_secs(30);
+const PATIENCE: Patience = Patience { hang_after: Duration::from_mins(2), probe_interval: Duration::from_secs(30) };
 const PROBE_LIMIT: Millis = 25_000;
 const SECOND: Millis = 1_000;
 const MINUTE: Millis = 60 * SECOND;
@@ -64,7 +64,7 @@ enum Happening {
     Breaks(u32),
     /// It finishes a batch, and goes on with the next.
     Batch(u32),
-    Answered(u32, ProbeEnd),
+    Answered(u32, Answer),
     Request,
     RequestEnds(u32),
     Beat,
@@ -72,12 +72,6 @@ enum Happening {
     Frozen(Millis),
     StrangerComes,
     StrangerGoes,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum ProbeEnd {
-    Passed,
-    Failed,
 }
 
 /// How a world is made.
@@ -113,6 +107,8 @@ struct World {
     entered: Millis,
     stop_asked: Option<Millis>,
     frozen_until: Millis,
+    /// For how long, when it last was.
+    froze: Millis,
     told: Told,
 }
 
@@ -151,6 +147,7 @@ impl World {
             entered: 0,
             stop_asked: None,
             frozen_until: 0,
+            froze: 0,
             told: Told::default(),
         };
         for action in actions {
@@ -240,16 +237,18 @@ impl World {
     fn wake(&mut self) {
         if self.frozen_until > 0 && self.now >= self.frozen_until {
             self.frozen_until = 0;
-            self.watch.begin_anew(self.now);
             self.entered = self.now;
             let now = self.now;
+            let event = oversight::woke(&mut self.watch, Duration::from_millis(self.froze), now);
             if let Some(stop) = &mut self.stop_asked {
                 *stop = now;
             }
             if let Some(broken) = self.engine.as_mut().and_then(|engine| engine.broken.as_mut()) {
                 *broken = now;
             }
-            let _ = self.machine.step(&Event::Progressed, now);
+            if let Some(event) = event {
+                let _ = self.machine.step(&event, now);
+            }
         }
     }
 
@@ -472,16 +471,8 @@ impl World {
                 if self.living(number).is_none() {
                     return Ok(());
                 }
-                match end {
-                    ProbeEnd::Passed => {
-                        self.watch.passed(self.now);
-                        self.on(Event::Healthy)?;
-                    }
-                    ProbeEnd::Failed => {
-                        self.watch.failed();
-                        self.on(Event::Unhealthy)?;
-                    }
-                }
+                let event = oversight::answered(&mut self.watch, end, self.now);
+                self.on(event)?;
             }
             Happening::Request => {
                 if self.serves() {
@@ -510,6 +501,7 @@ impl World {
             Happening::Beat => self.beat()?,
             Happening::Frozen(long) => {
                 self.told.frozen += 1;
+                self.froze = long;
                 self.frozen_until = self.now + long;
             }
             Happening::StrangerComes => self.stranger = true,
@@ -523,8 +515,10 @@ impl World {
         Ok(())
     }
 
+    /// The proxy reports what changed; a drain that was asked for it knows of.
     fn idle_perhaps(&mut self) {
-        if self.drain_asked && self.open == 0 {
+        let asked = self.drain_asked.then_some(0);
+        if oversight::is_drained(&Drain { asked, reports: Some(1), closed: self.drain_asked, open: self.open }) {
             self.later(100, Happening::Report(Event::Idle));
         }
     }
@@ -562,14 +556,13 @@ impl World {
             return Ok(());
         }
         let now = self.now;
-        let verdict = self.watch.verdict(now, HANG_AFTER);
+        let beat = oversight::beat(&mut self.watch, now, &PATIENCE);
         let engine = self.engine.as_ref().ok_or("it serves, and has no engine")?;
         let (number, broken, deep) = (engine.number, engine.broken, engine.deep_until > now);
-        match verdict {
-            Verdict::Alive => {}
-            Verdict::Busy => self.on(Event::LooksBusy)?,
-            Verdict::Suspected(_) => self.told.suspected += 1,
-            Verdict::Hung(silence) => {
+        match beat.opinion {
+            Opinion::Trusted => {}
+            Opinion::Suspected(_) => self.told.suspected += 1,
+            Opinion::Hung(silence) => {
                 let Some(since) = broken else {
                     return Err(format!("a working engine is called hung after {} s of silence", silence.as_secs()));
                 };
@@ -577,25 +570,31 @@ impl World {
                     return Err(format!("a hang is acted on after {} ms", now - since));
                 }
                 self.told.hung += 1;
-                return self.on(Event::Hung);
             }
         }
-        if broken.is_some_and(|since| now - since > HANG_NOTICED) {
-            return Err(format!("a hang of {} ms is {verdict:?}", now - broken.unwrap_or(now)));
+        if !matches!(beat.opinion, Opinion::Hung(_)) && broken.is_some_and(|since| now - since > HANG_NOTICED) {
+            return Err(format!("a hang of {} ms is {:?}", now - broken.unwrap_or(now), beat.opinion));
         }
-        if self.watch.wants_probe(now, PROBE_EVERY) {
-            self.watch.asked(now);
-            let (took, end) = match (broken, deep) {
-                (Some(_), _) => (PROBE_LIMIT, ProbeEnd::Failed),
-                (None, true) => (20 * SECOND, ProbeEnd::Failed),
-                (None, false) => (SECOND, ProbeEnd::Passed),
-            };
-            self.later(took, Happening::Answered(number, end));
+        if let Some(event) = beat.event {
+            self.on(event)?;
         }
-        if self.watch.wants_look(now, HANG_AFTER) {
-            self.watch.looks(now);
-            if broken.is_none() && deep && self.engine.as_ref().is_some_and(|engine| engine.compiles) {
-                self.watch.sign(Sign::Kernel, now);
+        for question in beat.questions {
+            match question {
+                Question::Probe => {
+                    let (took, end) = match (broken, deep) {
+                        (Some(_), _) => (PROBE_LIMIT, Answer::Not),
+                        (None, true) => (20 * SECOND, Answer::Not),
+                        (None, false) => (SECOND, Answer::Healthy),
+                    };
+                    self.later(took, Happening::Answered(number, end));
+                }
+                Question::Look => {
+                    if broken.is_none() && deep && self.engine.as_ref().is_some_and(|engine| engine.compiles) {
+                        self.watch.sign(Sign::Kernel, now);
+                    }
+                }
+                // This engine has no such route.
+                Question::Figures => {}
             }
         }
         Ok(())
@@ -631,27 +630,29 @@ fn worlds(seeds: std::ops::Range<u64>) {
     }
 }
 
-/// Ten thousand in four tests, which run beside each other.
-const EACH: u64 = 2_500;
+/// Ten thousand in four tests, which run beside each other. `SEEDS=N`: so many in each, for `tests/long mutants`.
+fn each() -> u64 {
+    std::env::var("SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(2_500)
+}
 
 #[test]
 fn seeded_worlds_1() {
-    worlds(0..EACH);
+    worlds(0..each());
 }
 
 #[test]
 fn seeded_worlds_2() {
-    worlds(EACH..2 * EACH);
+    worlds(each()..2 * each());
 }
 
 #[test]
 fn seeded_worlds_3() {
-    worlds(2 * EACH..3 * EACH);
+    worlds(2 * each()..3 * each());
 }
 
 #[test]
 fn seeded_worlds_4() {
-    worlds(3 * EACH..4 * EACH);
+    worlds(3 * each()..4 * each());
 }
 
 /// A day in which one prefill or compilation of up to ten minutes follows the other.
