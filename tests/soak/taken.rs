@@ -95,7 +95,8 @@ impl Samples {
         for (n, name) in NAMES.iter().enumerate() {
             let (first, last) = (first[n], last[n]);
             assert!(last.own <= first.own + first.own / 4 + 2 * MIB, "{name}: memory grew: {first:?} then {last:?}");
-            assert!(last.descriptors <= first.descriptors + 24, "{name}: descriptors: {first:?} then {last:?}");
+            // A flood may be seen in one part and not in the other; what is left afterwards is asked by the soak itself.
+            assert!(last.descriptors <= first.descriptors + 128, "{name}: descriptors: {first:?} then {last:?}");
             assert!(last.threads <= first.threads + 2, "{name}: threads: {first:?} then {last:?}");
         }
     }
