@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -14,7 +15,8 @@ use crate::harness::client::Client;
 use crate::harness::daemon::{Daemon, SGLANGD, Setup};
 use crate::harness::processes;
 use crate::harness::scene::{
-    SOON, engine_pid, got, is_whole, number_at, quick, replaces, script, send, stream_of, streamed, text_at, the_one,
+    SOON, engine_pid, got, is_whole, number_at, open_stream, quick, replaces, script, send, stream_of, streamed,
+    text_at, the_one,
 };
 
 /// A group of the first version's tree, of the test's own; removed at the end.
@@ -219,4 +221,203 @@ async fn j04_ten_thousand_orphans_are_reaped_while_streams_flow() {
     let status = daemon.status().await.unwrap();
     assert_eq!((engine_pid(&status), number_at(&status, "/engine/restarts")), (engine, 0), "one was taken for it");
     daemon.stops_clean(SOON).await;
+}
+
+/// A process that is given this pid, as the kernel gives it to anybody once its last owner is gone.
+fn takes_pid(pid: i32) -> Child {
+    for _ in 0..1000 {
+        fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).unwrap();
+        let mut child = Command::new("setsid").args(["sleep", "86393"]).spawn().unwrap();
+        if i32::try_from(child.id()).unwrap() == pid {
+            return child;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    panic!("somebody else was always quicker");
+}
+
+#[tokio::test]
+#[ignore = "heavy: tests/run prepares it"]
+async fn g19_a_dead_engines_pid_that_is_somebody_elses_by_now_is_left_alone() {
+    let mut daemon = quick("").start();
+    let engine = engine_pid(&daemon.is_ready(SOON).await);
+    daemon.note_processes();
+    send(the_one(&daemon, "guard"), Signal::SIGKILL);
+    daemon.signal(Signal::SIGKILL);
+    assert_eq!(daemon.exit(SOON).await, -9);
+    daemon.until_gone("everything of the engine", SOON).await;
+    let record = fs::read_to_string(daemon.runtime_dir().join("engine.json")).unwrap();
+    assert!(record.contains(&format!("\"pid\":{engine},")), "the next start is to end what it names: {record}");
+    let mut stranger = takes_pid(engine);
+    daemon.start_again();
+    daemon.is_ready(SOON).await;
+    assert!(stranger.try_wait().unwrap().is_none(), "somebody else's process was ended: {}", daemon.log());
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+    daemon.stops_clean(SOON).await;
+}
+
+/// The wall clock of whoever loads it is so many seconds off as a file says, whenever it is asked.
+const OFF: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static long off(void) {
+    char text[32] = {0};
+    const char *path = getenv("SGLANG_TEST_CLOCK");
+    int file = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    if (file < 0) return 0;
+    ssize_t n = read(file, text, sizeof text - 1);
+    close(file);
+    return n > 0 ? strtol(text, 0, 10) : 0;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *at) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+    int failed = real(clock, at);
+    if (!failed && clock == CLOCK_REALTIME) at->tv_sec += off();
+    return failed;
+}
+
+int gettimeofday(struct timeval *restrict at, void *restrict zone) {
+    struct timespec now;
+    (void)zone;
+    if (clock_gettime(CLOCK_REALTIME, &now)) return -1;
+    at->tv_sec = now.tv_sec;
+    at->tv_usec = now.tv_nsec / 1000;
+    return 0;
+}
+
+time_t time(time_t *to) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (to) *to = now.tv_sec;
+    return now.tv_sec;
+}
+"#;
+
+#[tokio::test]
+#[ignore = "heavy: tests/run prepares it"]
+async fn j06_a_wall_clock_that_is_set_moves_no_decision() {
+    let setup = quick("").set("engine.tp", "2").set("health.hang_after", "10s").set("health.probe_interval", "1s");
+    let (source, library, clock) =
+        (setup.folder().join("off.c"), setup.folder().join("off.so"), setup.folder().join("clock"));
+    fs::write(&source, OFF).unwrap();
+    fs::write(&clock, "0").unwrap();
+    let made =
+        Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).args([&library, &source]).arg("-ldl").status();
+    assert!(made.unwrap().success());
+    let (library, file) = (library.display().to_string(), clock.display().to_string());
+    let mut daemon = setup.env("LD_PRELOAD", &library).env("SGLANG_TEST_CLOCK", &file).start();
+    let first = engine_pid(&daemon.is_ready(SOON).await);
+    let now = jiff::Timestamp::now().as_second();
+    // A request waits all the while, so that silence would count; its tokens come slowly.
+    let mut client = open_stream(daemon.public(), 1_500);
+    for (off, year) in
+        [(3_600, None), (-3_600, None), (100 * 365 * 86_400, Some("212")), (1_000_000 - now, Some("1970-"))]
+    {
+        fs::write(&clock, off.to_string()).unwrap();
+        let begun = Instant::now();
+        daemon
+            .until("a while with that clock", SOON, async |daemon| {
+                let status = daemon.status().await?;
+                assert!(!status["engine"]["suspected_seconds"].is_number(), "{off} s: {status}");
+                assert_eq!((text_at(&status, "/state").as_str(), engine_pid(&status)), ("ready", first), "{off} s");
+                (begun.elapsed() > Duration::from_secs(3)).then_some(())
+            })
+            .await;
+        if let Some(year) = year {
+            // What is said bears the time that it is: the clock was really set.
+            daemon.signal(Signal::SIGUSR1);
+            daemon.signal(Signal::SIGHUP);
+            daemon
+                .until("a line of that year", SOON, async |d| d.log().contains(&format!("\n{year}")).then_some(()))
+                .await;
+        }
+    }
+    fs::write(&clock, "0").unwrap();
+    let status = daemon.status().await.unwrap();
+    assert_eq!((number_at(&status, "/engine/suspected_total"), number_at(&status, "/engine/restarts")), (0, 0));
+    client.until("[DONE]");
+    drop(client);
+    daemon.stops_clean(SOON).await;
+}
+
+#[tokio::test]
+#[ignore = "heavy: tests/run prepares it"]
+async fn j06_after_a_long_sleep_of_the_machine_it_is_probed_again_before_any_verdict() {
+    let group = Group::of("freezer");
+    let mut daemon = quick("").set("health.hang_after", "6s").set("health.probe_interval", "2s").start();
+    let first = engine_pid(&daemon.is_ready(SOON).await);
+    let mut client = open_stream(daemon.public(), 600);
+    group.take_in_all(&daemon);
+    // All of it at once, as a machine that sleeps: clocks go on, which those of a machine that sleeps need not.
+    group.set("freezer.state", "FROZEN");
+    tokio::time::sleep(Duration::from_secs(15)).await;
+    group.set("freezer.state", "THAWED");
+    let said = "sglangd itself did not run for";
+    daemon.until("it knows that it slept", SOON, async |daemon| daemon.log().contains(said).then_some(())).await;
+    client.until("[DONE]");
+    let status = daemon.status().await.unwrap();
+    assert_eq!(engine_pid(&status), first, "{}", daemon.log());
+    assert_eq!((number_at(&status, "/engine/suspected_total"), number_at(&status, "/engine/restarts")), (0, 0));
+    assert!(is_whole(&streamed(daemon.public(), 3)));
+    drop(client);
+    daemon.stops_clean(SOON).await;
+}
+
+#[tokio::test]
+#[ignore = "heavy: tests/run prepares it"]
+async fn j07_where_no_thread_may_be_started_a_death_is_told_and_nothing_of_ours_dies_of_it() {
+    let group = Group::of("pids");
+    let mut daemon = quick("").set("restart.max", "100").set("restart.backoff", "200ms").start();
+    let first = engine_pid(&daemon.is_ready(SOON).await);
+    // So long nobody needs a thread for what blocks, and a runtime lets those go that are idle for ten seconds.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    let proxy = number_at(&daemon.status().await.unwrap(), "/proxy/pid");
+    group.take_in_all(&daemon);
+    group.set("pids.max", "1");
+    send(first, Signal::SIGKILL);
+    let named = async |daemon: &Daemon| {
+        let status = daemon.status().await?;
+        text_at(&status, "/reason").contains("a limit on processes is reached").then_some(status)
+    };
+    let status = daemon.until("it is named", SOON, named).await;
+    assert_eq!(number_at(&status, "/proxy/pid"), proxy, "{status}");
+    group.set("pids.max", "max");
+    replaces(&mut daemon, first).await;
+    daemon.stops_clean(SOON).await;
+}
+
+#[tokio::test]
+#[ignore = "heavy: tests/run prepares it"]
+async fn weights_that_come_from_the_disk_are_named_as_what_makes_a_start_slow() {
+    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+    let weights = folder.path().join("weights");
+    let target = format!("of={}", weights.display());
+    let made =
+        Command::new("dd").args(["if=/dev/zero", "bs=1M", "count=192", "conv=fsync", "status=none", &target]).status();
+    assert!(made.unwrap().success());
+    // Read past the page cache, as a rank reads from a cold disk; then as from a warm one.
+    for (flags, cold) in [("iflag=direct", true), ("", false)] {
+        let text = format!(
+            "echo '[2026-11-23 14:49:03] Load weight begin. avail mem=177.61 GB'\n\
+             dd if={} bs=1M {flags} status=none | while [ $(head -c 4M | wc -c) -gt 0 ]; do sleep 0.2; done\n\
+             exec {SGLANGD} simulate \"$@\"",
+            weights.display()
+        );
+        // Looked at each two seconds.
+        let mut daemon = script(quick(""), &text).set("start.stall", "8s").start();
+        daemon.reaches(&["ready"], Duration::from_mins(1)).await;
+        let said = daemon.log().contains("the weights are not in the page cache: they come from the disk at");
+        assert_eq!(said, cold, "{}", daemon.log());
+        daemon.stops_clean(SOON).await;
+    }
 }
