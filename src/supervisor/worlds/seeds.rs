@@ -623,7 +623,8 @@ fn worlds(seeds: std::ops::Range<u64>) {
         }
     }
     println!("figure: {} seeded worlds: {all:?}", seeds.end - seeds.start);
-    if one.is_none() {
+    // Of a handful, as mutants run, some kinds may not be among them.
+    if seeds.end - seeds.start >= 1_000 {
         let few = (seeds.end - seeds.start) as u32 / 100;
         let seen = [all.hung, all.busy, all.deaths, all.gave_up, all.occupied, all.frozen];
         assert!(seen.iter().all(|seen| *seen > few), "worlds in which little happens prove little: {all:?}");
