@@ -223,41 +223,6 @@ async fn j04_ten_thousand_orphans_are_reaped_while_streams_flow() {
     daemon.stops_clean(SOON).await;
 }
 
-/// A process that is given this pid, as the kernel gives it to anybody once its last owner is gone.
-fn takes_pid(pid: i32) -> Child {
-    for _ in 0..1000 {
-        fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).unwrap();
-        let mut child = Command::new("setsid").args(["sleep", "86393"]).spawn().unwrap();
-        if i32::try_from(child.id()).unwrap() == pid {
-            return child;
-        }
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-    panic!("somebody else was always quicker");
-}
-
-#[tokio::test]
-#[ignore = "heavy: tests/run prepares it"]
-async fn g19_a_dead_engines_pid_that_is_somebody_elses_by_now_is_left_alone() {
-    let mut daemon = quick("").start();
-    let engine = engine_pid(&daemon.is_ready(SOON).await);
-    daemon.note_processes();
-    send(the_one(&daemon, "guard"), Signal::SIGKILL);
-    daemon.signal(Signal::SIGKILL);
-    assert_eq!(daemon.exit(SOON).await, -9);
-    daemon.until_gone("everything of the engine", SOON).await;
-    let record = fs::read_to_string(daemon.runtime_dir().join("engine.json")).unwrap();
-    assert!(record.contains(&format!("\"pid\":{engine},")), "the next start is to end what it names: {record}");
-    let mut stranger = takes_pid(engine);
-    daemon.start_again();
-    daemon.is_ready(SOON).await;
-    assert!(stranger.try_wait().unwrap().is_none(), "somebody else's process was ended: {}", daemon.log());
-    stranger.kill().unwrap();
-    stranger.wait().unwrap();
-    daemon.stops_clean(SOON).await;
-}
-
 /// The wall clock of whoever loads it is so many seconds off as a file says, whenever it is asked.
 const OFF: &str = r#"
 #define _GNU_SOURCE
