@@ -82,7 +82,7 @@ impl Heard {
     /// What the log said of failures, oldest first.
     pub fn signatures(&self) -> Vec<Signature> {
         let mut found = self.signatures.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        // In a flood the last lines were kept, but not understood.
+        // A line that a flood cut was kept, but not understood; and what comes after the hundredth counts where it is the last.
         let last = self.tail().into_iter().filter_map(|line| match parse(&line).fact {
             Some(Fact::Fatal(signature)) => Some(signature),
             _ => None,

@@ -24,6 +24,11 @@ impl Silent {
     }
 }
 
+/// A test of a fresh pool beside an engine.
+async fn with_pool(test: impl AsyncFnOnce(Silent, Rc<Pool>)) {
+    LocalSet::new().run_until(async { test(Silent::new().await, Rc::default()).await }).await;
+}
+
 /// Lets everything have its turn that is due now, without the clock moving on.
 async fn settle(pool: &Pool, idle: usize) {
     for _ in 0..100_000 {
@@ -37,107 +42,97 @@ async fn settle(pool: &Pool, idle: usize) {
 
 #[tokio::test(start_paused = true)]
 async fn idle_connections_are_kept_for_a_minute_and_the_last_ends_the_watch() {
-    LocalSet::new()
-        .run_until(async {
-            let (engine, pool) = (Silent::new().await, Rc::<Pool>::default());
-            let (ours, theirs) = engine.connection().await;
-            pool.keep(ours, engine.address);
-            settle(&pool, 1).await;
-            advance(IDLE.saturating_sub(Duration::from_millis(1))).await;
-            let Connection { stream, history } = pool.take(engine.address, Repeat::Possible).expect("still kept");
-            assert_eq!(history, History::Reused);
-            pool.keep(stream, engine.address);
-            advance(IDLE).await;
-            assert!(pool.take(engine.address, Repeat::Possible).is_none(), "too old");
-            settle(&pool, 0).await;
-            advance(IDLE).await;
-            for _ in 0..100 {
-                yield_now().await;
-            }
-            assert!(matches!(*pool.sweeper.borrow(), Sweeper::None), "somebody still watches over nothing");
-            drop(theirs);
-        })
-        .await;
+    with_pool(async |engine, pool| {
+        let (ours, theirs) = engine.connection().await;
+        pool.keep(ours, engine.address);
+        settle(&pool, 1).await;
+        advance(IDLE.saturating_sub(Duration::from_millis(1))).await;
+        let Connection { stream, history } = pool.take(engine.address, Repeat::Possible).expect("still kept");
+        assert_eq!(history, History::Reused);
+        pool.keep(stream, engine.address);
+        advance(IDLE).await;
+        assert!(pool.take(engine.address, Repeat::Possible).is_none(), "too old");
+        settle(&pool, 0).await;
+        advance(IDLE).await;
+        for _ in 0..100 {
+            yield_now().await;
+        }
+        assert!(matches!(*pool.sweeper.borrow(), Sweeper::None), "somebody still watches over nothing");
+        drop(theirs);
+    })
+    .await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_connection_that_the_engine_closes_goes_at_once() {
-    LocalSet::new()
-        .run_until(async {
-            let (engine, pool) = (Silent::new().await, Rc::<Pool>::default());
-            let (first, theirs) = engine.connection().await;
-            let (second, _open) = engine.connection().await;
-            pool.keep(first, engine.address);
-            settle(&pool, 1).await;
-            // Kept while the watch waits already, as well.
-            pool.keep(second, engine.address);
-            drop(theirs);
-            settle(&pool, 1).await;
-            assert_eq!(pool.limit.get(), IDLE, "a connection that just ended says nothing of idle ones");
-            assert!(pool.take(engine.address, Repeat::Possible).is_some(), "the other one is good");
-        })
-        .await;
+    with_pool(async |engine, pool| {
+        let (first, theirs) = engine.connection().await;
+        let (second, _open) = engine.connection().await;
+        pool.keep(first, engine.address);
+        settle(&pool, 1).await;
+        // Kept while the watch waits already, as well.
+        pool.keep(second, engine.address);
+        drop(theirs);
+        settle(&pool, 1).await;
+        assert_eq!(pool.limit.get(), IDLE, "a connection that just ended says nothing of idle ones");
+        assert!(pool.take(engine.address, Repeat::Possible).is_some(), "the other one is good");
+    })
+    .await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_engine_that_closes_idle_connections_loses_none_to_a_request() {
-    LocalSet::new()
-        .run_until(async {
-            let (engine, pool) = (Silent::new().await, Rc::<Pool>::default());
-            let (ours, theirs) = engine.connection().await;
-            pool.keep(ours, engine.address);
-            settle(&pool, 1).await;
-            advance(Duration::from_secs(5)).await;
-            drop(theirs);
-            settle(&pool, 0).await;
-            // The next one goes a second before the engine would close it.
-            let (ours, _theirs) = engine.connection().await;
-            pool.keep(ours, engine.address);
-            settle(&pool, 1).await;
-            advance(Duration::from_secs(4)).await;
-            assert!(pool.take(engine.address, Repeat::Possible).is_none());
-            settle(&pool, 0).await;
-            pool.clear();
-            assert_eq!(pool.limit.get(), IDLE, "another engine is another matter");
-        })
-        .await;
+    with_pool(async |engine, pool| {
+        let (ours, theirs) = engine.connection().await;
+        pool.keep(ours, engine.address);
+        settle(&pool, 1).await;
+        advance(Duration::from_secs(5)).await;
+        drop(theirs);
+        settle(&pool, 0).await;
+        // The next one goes a second before the engine would close it.
+        let (ours, _theirs) = engine.connection().await;
+        pool.keep(ours, engine.address);
+        settle(&pool, 1).await;
+        advance(Duration::from_secs(4)).await;
+        assert!(pool.take(engine.address, Repeat::Possible).is_none());
+        settle(&pool, 0).await;
+        pool.clear();
+        assert_eq!(pool.limit.get(), IDLE, "another engine is another matter");
+    })
+    .await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_cannot_be_said_again_gets_no_connection_that_the_engine_may_be_closing() {
-    LocalSet::new()
-        .run_until(async {
-            let (engine, pool) = (Silent::new().await, Rc::<Pool>::default());
-            let (ours, _theirs) = engine.connection().await;
-            pool.keep(ours, engine.address);
-            settle(&pool, 1).await;
-            let young = pool.take(engine.address, Repeat::No).expect("just used");
-            pool.keep(young.stream, engine.address);
-            advance(YOUNG).await;
-            assert!(pool.take(engine.address, Repeat::No).is_none());
-            assert!(pool.take(engine.address, Repeat::Possible).is_some(), "it stays for others");
-        })
-        .await;
+    with_pool(async |engine, pool| {
+        let (ours, _theirs) = engine.connection().await;
+        pool.keep(ours, engine.address);
+        settle(&pool, 1).await;
+        let young = pool.take(engine.address, Repeat::No).expect("just used");
+        pool.keep(young.stream, engine.address);
+        advance(YOUNG).await;
+        assert!(pool.take(engine.address, Repeat::No).is_none());
+        assert!(pool.take(engine.address, Repeat::Possible).is_some(), "it stays for others");
+    })
+    .await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_old_connection_is_asked_for_its_end_before_it_is_taken() {
-    LocalSet::new()
-        .run_until(async {
-            let (engine, pool) = (Silent::new().await, Rc::<Pool>::default());
-            let (ours, theirs) = engine.connection().await;
-            pool.keep(ours, engine.address);
-            settle(&pool, 1).await;
-            advance(YOUNG).await;
-            // Nobody has a turn from here on: only the kernel knows.
-            drop(theirs);
-            let ended = |idle: &Idle| SockRef::from(&idle.stream).peek(&mut [MaybeUninit::uninit()]).is_ok();
-            while !ended(&pool.idle.borrow()[0]) {
-                std::thread::yield_now();
-            }
-            assert!(pool.take(engine.address, Repeat::Possible).is_none());
-        })
-        .await;
+    with_pool(async |engine, pool| {
+        let (ours, theirs) = engine.connection().await;
+        pool.keep(ours, engine.address);
+        settle(&pool, 1).await;
+        advance(YOUNG).await;
+        // Nobody has a turn from here on: only the kernel knows.
+        drop(theirs);
+        let ended = |idle: &Idle| SockRef::from(&idle.stream).peek(&mut [MaybeUninit::uninit()]).is_ok();
+        while !ended(&pool.idle.borrow()[0]) {
+            std::thread::yield_now();
+        }
+        assert!(pool.take(engine.address, Repeat::Possible).is_none());
+    })
+    .await;
 }
 
 #[tokio::test]
