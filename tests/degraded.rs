@@ -15,8 +15,8 @@ use crate::harness::client::Client;
 use crate::harness::daemon::{Daemon, SGLANGD, Setup};
 use crate::harness::processes;
 use crate::harness::scene::{
-    SOON, engine_pid, got, is_whole, number_at, open_stream, quick, replaces, script, send, stream_of, streamed,
-    text_at, the_one,
+    SOON, engine_pid, got, is_remarked, is_whole, number_at, open_stream, quick, replaces, script, send, stream_of,
+    streamed, text_at, the_one,
 };
 
 /// A group of the first version's tree, of the test's own; removed at the end.
@@ -385,4 +385,17 @@ async fn weights_that_come_from_the_disk_are_named_as_what_makes_a_start_slow() 
         assert_eq!(said, cold, "{}", daemon.log());
         daemon.stops_clean(SOON).await;
     }
+}
+
+#[tokio::test]
+#[ignore = "heavy: tests/run prepares it"]
+async fn kernels_compiled_for_a_cache_that_does_not_last_are_said_in_log_status_and_metrics() {
+    // Long enough to be more than a shape or two. The cache is on a tmpfs.
+    let text =
+        format!("cp /bin/sh \"$TMPDIR/cicc\"\n\"$TMPDIR/cicc\" -c 'sleep 36; :'\nexec {SGLANGD} simulate \"$@\"");
+    let cache = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mut daemon = script(quick(""), &text).env("SGLANG_CACHE_DIR", cache.path().to_str().unwrap()).start();
+    daemon.reaches(&["ready"], Duration::from_mins(2)).await;
+    is_remarked(&mut daemon, "kernels_cold", "is gone with the container or the next boot").await;
+    daemon.stops_clean(SOON).await;
 }

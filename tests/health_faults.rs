@@ -9,8 +9,8 @@ use tokio::time::Instant;
 use crate::harness::client::{Client, post};
 use crate::harness::daemon::{Daemon, Setup};
 use crate::harness::scene::{
-    CHAT, SOON, engine_pid, got, is_whole, number_at, open_stream, quick, replaces, script, send, stream_of, streamed,
-    text_at, the_one,
+    CHAT, SOON, engine_pid, got, is_remarked, is_whole, number_at, open_stream, quick, replaces, script, send,
+    stream_of, streamed, text_at, the_one,
 };
 
 fn is_suspected(status: &Value) -> bool {
@@ -189,20 +189,6 @@ async fn speculative_decoding_that_does_nothing_is_said_in_log_status_and_metric
     assert!(page.contains("sglangd_engine_remark{kind=\"speculation_idle\"} 1"), "{page}");
     drop(stream);
     daemon.stops_clean(SOON).await;
-}
-
-/// The remark of this kind in status and metrics, once in the log.
-async fn is_remarked(daemon: &mut Daemon, kind: &str, said: &str) {
-    let status = daemon
-        .until("the remark", SOON, async |daemon| {
-            let status = daemon.status().await?;
-            (text_at(&status, "/engine/remarks/0/kind") == kind).then_some(status)
-        })
-        .await;
-    assert!(status["warnings"].to_string().contains(said), "{status}");
-    assert_eq!(daemon.log().matches(said).count(), 1, "once: {}", daemon.log());
-    let page = got(daemon.admin(), "/metrics").text();
-    assert!(page.contains(&format!("sglangd_engine_remark{{kind=\"{kind}\"}} 1")), "{page}");
 }
 
 #[tokio::test]

@@ -144,7 +144,7 @@ async fn j03_j05_signals_that_mean_nothing_change_nothing() {
 }
 
 #[tokio::test]
-async fn j05_a_log_that_nobody_reads_or_that_is_closed_stops_nothing() {
+async fn g15_j05_a_log_that_nobody_reads_or_that_is_closed_stops_nothing() {
     let setup = quick("flood_stdout,flood_stderr").env("SGLANG_SIM_TOKENS_PER_SECOND", "200");
     nix::unistd::mkfifo(&setup.log(), Mode::S_IRWXU).unwrap();
     let reader = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(setup.log()).unwrap();

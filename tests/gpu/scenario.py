@@ -492,28 +492,39 @@ def compare(world, loads):
 
 
 def step_leave(world):
-    """7: clients that leave, in mid-stream and in prefill."""
+    """7: clients that leave, in mid-stream and in prefill: through sglangd, and of the engine alone."""
+    ways = {"through": (PUBLIC, None), "direct": world.engine_door()}
     for label, tokens, words, wait in (("mid-stream", world.args.long, 16, True), ("prefill", 64, world.args.prompt, False)):
         body = json.dumps({"model": "tiny", "stream": True, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
                            "messages": [{"role": "user", "content": "word " * words}]}).encode()
-        head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n").encode()
-        socks = []
-        for _ in range(32):
-            sock = socket.create_connection(("127.0.0.1", PUBLIC), timeout=60)
-            sock.sendall(head + body)
-            socks.append(sock)
-        if wait:
-            for sock in socks[: world.args.batch]:
-                sock.recv(65536)
-        else:
-            until("requests are in the engine", 30, lambda: running(world) > 0, every=0.005)
-        before = running(world)
-        since = now()
-        for sock in socks:
-            sock.close()
-        until("nothing runs any more", 60, lambda: running(world) == 0, every=0.005)
-        world.say("leave", when=label, running_before=before, running_zero_ms=ms(since))
+        figures = {}
+        for _ in range(3):
+            for way, (port, key) in ways.items():
+                auth = f"Authorization: Bearer {key}\r\n" if key else ""
+                head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{auth}Content-Type: application/json\r\n"
+                        f"Content-Length: {len(body)}\r\n\r\n").encode()
+                figures.setdefault(way, []).append(leave(world, port, head + body, wait))
+        world.say("leave", when=label, running_before_and_zero_ms=figures)
+
+
+def leave(world, port, request, wait):
+    """32 clients send `request` and leave: the engine's running requests before it, and ms until there are none."""
+    socks = []
+    for _ in range(32):
+        sock = socket.create_connection(("127.0.0.1", port), timeout=60)
+        sock.sendall(request)
+        socks.append(sock)
+    if wait:
+        for sock in socks[: world.args.batch]:
+            sock.recv(65536)
+    else:
+        until("requests are in the engine", 30, lambda: running(world) > 0, every=0.005)
+    before = running(world)
+    since = now()
+    for sock in socks:
+        sock.close()
+    until("nothing runs any more", 60, lambda: running(world) == 0, every=0.005)
+    return before, ms(since)
 
 
 def step_proxy(world):

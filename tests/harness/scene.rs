@@ -125,3 +125,17 @@ pub fn the_one(daemon: &Daemon, text: &str) -> i32 {
 pub fn state_dir(daemon: &Daemon) -> PathBuf {
     daemon.folder().join("state")
 }
+
+/// The remark of this kind in status and metrics, once in the log.
+pub async fn is_remarked(daemon: &mut Daemon, kind: &str, said: &str) {
+    let status = daemon
+        .until("the remark", SOON, async |daemon| {
+            let status = daemon.status().await?;
+            (text_at(&status, "/engine/remarks/0/kind") == kind).then_some(status)
+        })
+        .await;
+    assert!(status["warnings"].to_string().contains(said), "{status}");
+    assert_eq!(daemon.log().matches(said).count(), 1, "once: {}", daemon.log());
+    let page = got(daemon.admin(), "/metrics").text();
+    assert!(page.contains(&format!("sglangd_engine_remark{{kind=\"{kind}\"}} 1")), "{page}");
+}

@@ -9,7 +9,7 @@ pub mod exchange;
 pub mod head;
 mod sending;
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::future::{Future as _, poll_fn};
 use std::io;
 use std::mem::MaybeUninit;
@@ -26,10 +26,9 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 /// No engine closes a connection that was idle for less: uvicorn, SGLang's server, waits 5 s.
 const YOUNG: Duration = Duration::from_secs(3);
-/// Idle connections are kept for this long, unless the engine is seen to close them sooner.
-const IDLE: Duration = Duration::from_mins(1);
-/// So much sooner than the engine they are then dropped: a request that meets the close has to be said again.
-const MARGIN: Duration = Duration::from_secs(1);
+/// Idle connections are kept for this long, a second less than the engine keeps them: a request that meets the
+/// close would have to be said again.
+const IDLE: Duration = Duration::from_secs(4);
 /// A loopback connect takes microseconds; one that does not is a full listen queue.
 const CONNECT: Duration = Duration::from_secs(1);
 /// Idle connections kept by a worker: more than any sane `limits.max` shares out to one.
@@ -68,8 +67,6 @@ pub enum Repeat {
 /// closes it, so none stays half closed, and none of those is ever taken.
 pub struct Pool {
     idle: RefCell<Vec<Idle>>,
-    /// How long they are kept.
-    limit: Cell<Duration>,
     sweeper: RefCell<Sweeper>,
 }
 
@@ -83,7 +80,7 @@ enum Sweeper {
 
 impl Default for Pool {
     fn default() -> Self {
-        Self { idle: RefCell::default(), limit: Cell::new(IDLE), sweeper: RefCell::new(Sweeper::None) }
+        Self { idle: RefCell::default(), sweeper: RefCell::new(Sweeper::None) }
     }
 }
 
@@ -104,7 +101,7 @@ impl Pool {
                 return None;
             }
             let Idle { stream, engine: peer, .. } = idle.pop()?;
-            if peer == engine && age < self.limit.get() && is_quiet(&stream, age) {
+            if peer == engine && age < IDLE && is_quiet(&stream, age) {
                 return Some(Connection { stream, history: History::Reused });
             }
         }
@@ -133,7 +130,7 @@ impl Pool {
     /// Lets connections go when their time has come or the engine closes them. Ends with the last one, so that
     /// an idle proxy has no timer.
     async fn sweep(self: Rc<Self>) {
-        let mut timer = pin!(sleep_until(Instant::now() + self.limit.get()));
+        let mut timer = pin!(sleep_until(Instant::now() + IDLE));
         poll_fn(|cx| {
             self.sweeper.replace(Sweeper::Waits(cx.waker().clone()));
             loop {
@@ -141,7 +138,7 @@ impl Pool {
                     self.sweeper.replace(Sweeper::None);
                     return Poll::Ready(());
                 };
-                timer.as_mut().reset(oldest + self.limit.get());
+                timer.as_mut().reset(oldest + IDLE);
                 if timer.as_mut().poll(cx).is_pending() {
                     return Poll::Pending;
                 }
@@ -153,25 +150,13 @@ impl Pool {
     /// Drops what is to go, and asks the rest to tell. Since when the oldest of them is idle.
     fn let_go(&self, cx: &mut Context<'_>) -> Option<Instant> {
         let mut idle = self.idle.borrow_mut();
-        idle.retain(|kept| {
-            let age = kept.since.elapsed();
-            if age >= self.limit.get() {
-                return false;
-            }
-            let open = kept.stream.poll_read_ready(cx).is_pending();
-            if !open && age >= YOUNG {
-                // So long the engine keeps them, and the next ones as well.
-                self.limit.set((age.saturating_sub(MARGIN)).max(YOUNG).min(self.limit.get()));
-            }
-            open
-        });
+        idle.retain(|kept| kept.since.elapsed() < IDLE && kept.stream.poll_read_ready(cx).is_pending());
         idle.first().map(|oldest| oldest.since)
     }
 
     /// Forgets all: another engine is coming.
     pub fn clear(&self) {
         self.idle.borrow_mut().clear();
-        self.limit.set(IDLE);
         if let Sweeper::Waits(sweeper) = &*self.sweeper.borrow() {
             sweeper.wake_by_ref();
         }
