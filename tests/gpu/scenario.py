@@ -156,6 +156,7 @@ class World:
         self.log = None
         self.wrong = []
         self.baseline = NVML.used()
+        self.deadline = now() + args.within
 
     def say(self, step, **figures):
         line = json.dumps({"step": step, **figures})
@@ -340,8 +341,11 @@ def running(world):
     return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads["loads"])
 
 
-def under_load(world, count=32, tokens=None):
-    streams = Streams(count, tokens or world.args.long)
+def under_load(world):
+    count = world.args.under
+    # What a dead proxy left runs on for a while, and would pass for the new streams.
+    until("nothing of before runs", 30, lambda: running(world) == 0, every=0.05)
+    streams = Streams(count, world.args.long)
     until(f"{count} streams run", 60, lambda: running(world) >= min(count, world.args.batch), every=0.05)
     return streams
 
@@ -470,18 +474,26 @@ def compare(world, loads):
         for label, streams, tokens, rounds in loads:
             turns = {name: [] for name in ways}
             for turn in range(rounds):
+                if turn > 1 and now() > world.deadline:
+                    rounds = turn
+                    break
                 # Each begins a round as often as the others: whoever comes first finds another machine.
                 names = list(ways)[turn % len(ways):] + list(ways)[: turn % len(ways)]
                 for name in names:
                     turns[name].append(run_load(*ways[name], streams, tokens))
+                if streams > 1:  # what was measured is not lost if the time is over
+                    world.say(f"{label} round", first=names[0],
+                              **{name: turns[name][-1]["tokens_per_s"] for name in names})
             figures = {}
             for what in ("ttft_p50_ms", "ttft_p99_ms", "gap_p50_ms", "gap_p99_ms", "gap_mean_ms", "tokens_per_s"):
                 middle = {name: round(statistics.median(t[what] for t in taken), 3) for name, taken in turns.items()}
                 figures[what] = {**middle, "added": round(middle["through"] - middle["direct"], 3)}
+            rates = {name: [t["tokens_per_s"] for t in taken] for name, taken in turns.items()}
             ratios = [t["tokens_per_s"] / d["tokens_per_s"] for t, d in zip(turns["through"], turns["direct"])]
             whole = all(t["whole"] == t["streams"] for taken in turns.values() for t in taken)
             world.say(label, streams=streams, tokens=tokens, rounds=rounds, every_stream_whole=whole,
-                      throughput_ratio=round(statistics.median(ratios), 4), of_rounds=[round(r, 3) for r in ratios],
+                      throughput_ratio=round(statistics.median(ratios), 4), of_rounds=[round(r, 4) for r in ratios],
+                      rates=rates,
                       **figures)
             if not whole:
                 world.complain(label, "a stream was not whole")
@@ -494,23 +506,30 @@ def compare(world, loads):
 def step_leave(world):
     """7: clients that leave, in mid-stream and in prefill: through sglangd, and of the engine alone."""
     ways = {"through": (PUBLIC, None), "direct": world.engine_door()}
-    for label, tokens, words, wait in (("mid-stream", world.args.long, 16, True), ("prefill", 64, world.args.prompt, False)):
-        body = json.dumps({"model": "tiny", "stream": True, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
-                           "messages": [{"role": "user", "content": "word " * words}]}).encode()
+    for label, tokens, words, wait in (("mid-stream", world.args.long, 16, True),
+                                       ("prefill", 64, world.args.prompt, False)):
         figures = {}
-        for _ in range(3):
+        for turn in range(3):
             for way, (port, key) in ways.items():
                 auth = f"Authorization: Bearer {key}\r\n" if key else ""
-                head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{auth}Content-Type: application/json\r\n"
-                        f"Content-Length: {len(body)}\r\n\r\n").encode()
-                figures.setdefault(way, []).append(leave(world, port, head + body, wait))
+                requests = []
+                for client in range(32):
+                    # No two prompts begin alike: what the engine has cached needs no prefill.
+                    body = json.dumps({"model": "tiny", "stream": True, "max_tokens": tokens, "temperature": 0,
+                                       "ignore_eos": True, "messages": [{"role": "user", "content": f"{client} {turn} "
+                                                                         f"{way} " + "word " * words}]}).encode()
+                    head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{auth}Content-Type: application/json\r\n"
+                            f"Content-Length: {len(body)}\r\n\r\n").encode()
+                    requests.append(head + body)
+                figures.setdefault(way, []).append(leave(world, port, requests, wait))
         world.say("leave", when=label, running_before_and_zero_ms=figures)
 
 
-def leave(world, port, request, wait):
-    """32 clients send `request` and leave: the engine's running requests before it, and ms until there are none."""
+def leave(world, port, requests, wait):
+    """So many clients send a request and leave: the engine's running requests before it, and ms until there are
+    none."""
     socks = []
-    for _ in range(32):
+    for request in requests:
         sock = socket.create_connection(("127.0.0.1", port), timeout=60)
         sock.sendall(request)
         socks.append(sock)
@@ -572,7 +591,7 @@ def ranks(world):
 def step_kill(world):
     """4a: a scheduler dies under load."""
     streams = under_load(world)
-    pid, victim = world.engine_pid(), ranks(world)[min(5, world.args.tp - 1)]
+    pid, victim = world.engine_pid(), ranks(world)[world.args.tp * 5 // 8]
     since = now()
     os.kill(victim["pid"], signal.SIGKILL)
     died(world, f"{victim['command'].split()[0]} killed", since, pid)
@@ -596,7 +615,7 @@ def step_midstart(world):
 def step_hang(world):
     """4c: a scheduler is stopped under load: suspected, named, acted upon."""
     streams = under_load(world)
-    pid, victim = world.engine_pid(), ranks(world)[min(3, world.args.tp - 1)]
+    pid, victim = world.engine_pid(), ranks(world)[world.args.tp * 3 // 8]
     since = now()
     os.kill(victim["pid"], signal.SIGSTOP)
     suspected = until("suspected", 90, lambda: world.status().get("engine", {}).get("suspected_seconds") is not None
@@ -670,6 +689,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=1024, help="of each of its streams")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--long", type=int, default=20000, help="tokens of a stream that is to last")
+    parser.add_argument("--under", type=int, default=32, help="streams under which something is killed")
+    parser.add_argument("--within", type=float, default=1e9, metavar="SECONDS", help="no round of a load begins later")
     parser.add_argument("--batch", type=int, default=32, help="streams that the engine runs at once")
     parser.add_argument("--prompt", type=int, default=5000, help="words of a prompt that takes long")
     parser.add_argument("--model", default="/tmp/model", help="the tiny model, from which `throughput` makes a large one")
@@ -677,6 +698,8 @@ def main():
     parser.add_argument("--heavy-layers", type=int, default=32)
     parser.add_argument("--stranger-gb", type=int, default=40)
     args = parser.parse_args()
+    # `timeout` ends this one so: what was started must not outlive it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     world = World(args)
     try:
         for step in args.steps.split(","):
