@@ -416,7 +416,8 @@ async fn g25_what_even_the_guard_could_not_end_the_next_start_ends() {
 
 #[tokio::test]
 async fn a_killed_proxy_costs_its_connections_and_nothing_else() {
-    let mut daemon = quick("").env("SGLANG_SIM_TOKENS_PER_SECOND", "20").start();
+    // Its one place is taken by a request of the dead one, until the engine has let go of it.
+    let mut daemon = quick("").env("SGLANG_SIM_TOKENS_PER_SECOND", "20").set("limits.max", "1").start();
     let ready = daemon.is_ready(SOON).await;
     let addr = daemon.public();
     daemon
@@ -435,6 +436,9 @@ async fn a_killed_proxy_costs_its_connections_and_nothing_else() {
     assert!(took < Duration::from_millis(900), "{took:?}");
     assert_ne!(stream.answer().end, End::Complete);
     assert!(is_whole(&streamed(addr, 3)));
+    let took = begun.elapsed();
+    println!("figure: SIGKILL of the proxy, all places taken, to the next whole stream: {took:?}");
+    assert!(took < Duration::from_secs(1), "the next look came late: {took:?}");
     let status = daemon.status().await.unwrap();
     assert_eq!(engine_pid(&status), engine_pid(&ready), "the engine did not even notice");
     assert_ne!(proxy_pid(&status), proxy_pid(&ready));

@@ -18,8 +18,9 @@ use crate::harness::scene::{
     text_at, the_one,
 };
 
-/// "At any moment" means two seconds from the signal, where nothing is drained.
-const AT_ONCE: Duration = Duration::from_secs(2);
+/// "At any moment" means two seconds from the signal, where nothing is drained; a busy machine may take twice that,
+/// and the grace, waited for in vain, four times.
+const AT_ONCE: Duration = Duration::from_secs(4);
 
 /// SIGTERM, and how long until it was gone with everything.
 async fn stopped(mut daemon: Daemon) -> Duration {

@@ -16,9 +16,9 @@
 //! A proxy that finds an engine serving takes the place of one that died: what the engine still runs
 //! of that one's is subtracted, until it is gone or for [`HEIR_LOOKS`] looks.
 
-/// Looks for which an heir believes that strangers' requests will go: the engine notices a client
+/// Looks for which an heir believes that strangers' requests will go. Ten a second: the engine notices a client
 /// that has left within some two seconds.
-const HEIR_LOOKS: u8 = 10;
+const HEIR_LOOKS: u8 = 50;
 
 /// What the engine said.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -8,6 +8,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -29,6 +30,9 @@ const MARK: &str = "SGLANG_TEST_MARK";
 fn look_again(waited: Duration) -> Duration {
     (waited / 100).clamp(Duration::from_millis(10), Duration::from_millis(200))
 }
+
+/// Between two looks at what runs.
+const NOTE_AGAIN: Duration = Duration::from_millis(100);
 
 /// Looks again and again until `look` finds something; says what was waited for when it never does.
 pub async fn eventually<T>(what: &str, within: Duration, mut look: impl AsyncFnMut() -> Option<T>) -> T {
@@ -362,15 +366,19 @@ impl Daemon {
 
     /// Whether the public port says 503. One that speaks TLS, or is a Unix socket, says nothing here.
     pub async fn refuses_clients(&self) -> bool {
-        let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(2)).build().unwrap();
-        client.get(self.url("/ready")).send().await.is_ok_and(|answer| answer.status() == 503)
+        asks().get(self.url("/ready")).send().await.is_ok_and(|answer| answer.status() == 503)
     }
 
     /// Like [`eventually`], but ends early, with the log, when the daemon does.
     pub async fn until<T>(&mut self, what: &str, within: Duration, mut look: impl AsyncFnMut(&Self) -> Option<T>) -> T {
         let begun = Instant::now();
+        let mut noted = None::<Instant>;
         loop {
-            self.note_processes();
+            // To read all of `/proc` costs more than most looks.
+            if noted.is_none_or(|at| at.elapsed() >= NOTE_AGAIN) {
+                self.note_processes();
+                noted = Some(Instant::now());
+            }
             if let Some(found) = look(self).await {
                 return found;
             }
@@ -431,20 +439,14 @@ impl Daemon {
     pub fn processes(&self) -> Vec<Process> {
         let folder = self.setup.mark();
         let all = processes::all();
-        let mut mine: BTreeSet<i32> = BTreeSet::new();
+        let is_mine =
+            |p: &Process| p.pid == self.pid() || self.seen.get(&p.pid) == Some(&p.started) || p.mentions(MARK, &folder);
+        let mut mine: BTreeSet<i32> = all.iter().filter(|p| is_mine(p)).map(|p| p.pid).collect();
         // A child is listed before its parent where pids have wrapped, hence until nothing is added.
         loop {
             let before = mine.len();
-            for process in &all {
-                let known = self.seen.get(&process.pid) == Some(&process.started);
-                if known
-                    || process.pid == self.pid()
-                    || mine.contains(&process.parent)
-                    || process.mentions(MARK, &folder)
-                {
-                    mine.insert(process.pid);
-                }
-            }
+            let children = all.iter().filter(|p| mine.contains(&p.parent)).map(|p| p.pid).collect::<Vec<_>>();
+            mine.extend(children);
             if mine.len() == before {
                 break;
             }
@@ -566,10 +568,17 @@ impl Drop for Daemon {
     }
 }
 
+/// For questions to daemons of this machine. One, and without the machine's certificates: to read those takes longer
+/// than the question. It keeps no connection, which would belong to the runtime of one test.
+fn asks() -> &'static reqwest::Client {
+    static CLIENT: OnceLock<reqwest::Client> = OnceLock::new();
+    let builder = || reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(2)).tls_certs_only([]);
+    CLIENT.get_or_init(|| builder().pool_max_idle_per_host(0).build().unwrap())
+}
+
 /// A GET whose answer is JSON; nothing on any failure, since daemons come and go in these tests.
 pub async fn get_json(url: &str) -> Option<Value> {
-    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(2)).build().ok()?;
-    client.get(url).send().await.ok()?.json().await.ok()
+    asks().get(url).send().await.ok()?.json().await.ok()
 }
 
 fn shared_memory() -> BTreeSet<String> {
