@@ -210,8 +210,13 @@ async fn g10_a_stopped_scheduler_is_suspected_then_hung_then_replaced() {
         })
         .await;
     assert!(["ready", "busy"].contains(&text_at(&suspected, "/state").as_str()), "traffic goes on: {suspected}");
-    let ready = got(addr, "/ready");
-    assert_eq!((ready.status, ready.code().as_str()), (503, "engine_suspected"), "no new traffic is to be sent here");
+    // The proxy hears of it a moment later.
+    daemon
+        .until("no new traffic is to be sent here", SOON, async |_| {
+            let ready = got(addr, "/ready");
+            ((ready.status, ready.code().as_str()) == (503, "engine_suspected")).then_some(())
+        })
+        .await;
     assert_eq!(got(addr, "/health").status, 200, "but nobody is to kill it yet");
     let again = replaces(&mut daemon, first).await;
     assert_eq!(number_at(&again, "/engine/restarts"), 1);

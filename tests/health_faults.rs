@@ -39,8 +39,14 @@ async fn g10_a_stopped_rank_is_suspected_at_once_by_name_and_trusted_again_when_
     println!("figure: SIGSTOP of a rank to its suspicion, nobody waiting: {:?}", begun.elapsed());
     let named = format!("sglang::scheduler_TP1 (pid {rank}) is stopped");
     assert!(text_at(&status, "/engine/suspicion").contains(&named), "{status}");
-    let ready = got(daemon.public(), "/ready");
-    assert_eq!((ready.status, ready.code().as_str()), (503, "engine_suspected"));
+    // The proxy hears of it a moment later.
+    let public = daemon.public();
+    daemon
+        .until("the public port says so", SOON, async |_| {
+            let ready = got(public, "/ready");
+            ((ready.status, ready.code().as_str()) == (503, "engine_suspected")).then_some(())
+        })
+        .await;
     let page = got(daemon.admin(), "/metrics").text();
     assert!(page.contains("\nsglangd_engine_hang_suspected 1\n"), "{page}");
     assert!(page.contains("\nsglangd_engine_hangs_suspected_total 1\n"), "{page}");

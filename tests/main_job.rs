@@ -328,8 +328,13 @@ async fn j01_a_drain_lets_a_stream_finish_and_admits_nothing_new() {
     stream.send(stream_of(30)).until("\"content\"");
     daemon.terminate();
     daemon.reaches(&["draining"], SOON).await;
-    let refused = Client::ask(addr, post(CHAT, "{}"));
-    assert_eq!((refused.status, refused.code().as_str()), (503, "draining"));
+    // The proxy hears of it a moment later.
+    daemon
+        .until("nothing new is admitted", SOON, async |_| {
+            let refused = Client::ask(addr, post(CHAT, "{}"));
+            ((refused.status, refused.code().as_str()) == (503, "draining")).then_some(())
+        })
+        .await;
     let answer = stream.answer();
     assert!(answer.end == End::Complete && is_whole(&answer), "{answer:?}");
     assert_eq!(daemon.exit(SOON).await, 0);

@@ -4,11 +4,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::ops::Range;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{self as unix, UnixListener};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -55,9 +58,23 @@ pub fn temporary_folder() -> TempDir {
     tempfile::Builder::new().prefix(&format!("sd-{run}")).tempdir_in("/tmp").unwrap()
 }
 
-/// A loopback address that nobody listens on. From the kernel, so two tests never get the same one.
+/// A loopback address that nobody listens on, and that no other test gets while this one runs: its number is held by
+/// a Unix socket without a file. Below the ephemeral range and clear of what sglangd picks for its engines.
 pub fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    const PORTS: Range<u16> = 30_000..32_768;
+    static HELD: Mutex<Vec<UnixListener>> = Mutex::new(Vec::new());
+    let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+    let begin = std::process::id() as usize * 13 + held.len();
+    let some = begin % PORTS.len();
+    for port in PORTS.skip(some).chain(PORTS.take(some)) {
+        let name = unix::SocketAddr::from_abstract_name(format!("sglangd-test-port-{port}")).unwrap();
+        let Ok(lock) = UnixListener::bind_addr(&name) else { continue };
+        if let Ok(free) = TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+            held.push(lock);
+            return free.local_addr().unwrap();
+        }
+    }
+    panic!("no port is free below the ephemeral range");
 }
 
 /// Where a daemon listens and keeps its files.
@@ -502,7 +519,14 @@ impl Daemon {
             let _ = writeln!(left, "  process {} {:?}", process.pid, process.command);
         }
         for address in [self.setup.public, self.setup.admin] {
-            if processes::is_listening(address.port()) {
+            // A port that was let go may be another test's by now.
+            let neighbour = |process: &Process| {
+                let a_test = process.command.contains("/deps/") && process.pid.unsigned_abs() != std::process::id();
+                a_test || process.is_anothers(MARK, &self.setup.mark())
+            };
+            if processes::is_listening(address.port())
+                && !processes::listener(address.port()).is_some_and(|process| neighbour(&process))
+            {
                 let _ = writeln!(left, "  listener {address}");
             }
         }
@@ -531,7 +555,10 @@ impl Daemon {
             return true;
         }
         let kind = ["sem.mp-", "sgl_shm_mq_", "sglang_loads_", "nccl-"].iter().any(|k| name.starts_with(k));
-        kind && !name.contains("sim") && !processes::is_mapped(&Path::new("/dev/shm").join(name))
+        // "-test-": a unit test's of the sweeping itself.
+        kind && !name.contains("sim")
+            && !name.contains("-test-")
+            && !processes::is_mapped(&Path::new("/dev/shm").join(name))
     }
 
     fn bears_a_pid_of_mine(&self, name: &str) -> bool {

@@ -7,8 +7,10 @@ use std::time::Duration;
 use sglangd::keys::hashed;
 use sglangd::link::{EngineState, EngineView, ListenSettings, ProxySettings, SizedBy, Upstream};
 use sglangd::proxy::{Listener, Patience, Proxy, Supervision, Timings};
+use tokio::time::Instant;
 
 use super::engine::Engine;
+use super::scene::SOON;
 
 pub struct Front {
     pub addr: SocketAddr,
@@ -124,14 +126,15 @@ pub fn keys_lines(keys: &[(&str, &str, &str)]) -> String {
     format!("# keys\n{}", lines.collect::<String>())
 }
 
-/// Looks each 2 ms, for 10 s at most.
+/// Looks each 2 ms, for as long as a busy machine may take.
 #[allow(clippy::disallowed_methods)] // a test's bounded wait, on a thread of its own
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    for _ in 0..5000 {
+    let begun = Instant::now();
+    while begun.elapsed() < SOON {
         if holds() {
             return;
         }
         std::thread::sleep(Duration::from_millis(2));
     }
-    panic!("not within 10 s: {what}");
+    panic!("not within {SOON:?}: {what}");
 }

@@ -40,6 +40,14 @@ impl Process {
         !matches!(self.state, 'Z' | 'X')
     }
 
+    /// Whether it was started with another value of this environment variable.
+    pub fn is_anothers(&self, name: &str, value: &str) -> bool {
+        let (name, wanted) = (format!("{name}="), format!("{name}={value}"));
+        let environment = fs::read(format!("/proc/{}/environ", self.pid)).unwrap_or_default();
+        let mut entries = environment.split(|b| *b == 0);
+        entries.any(|entry| entry.starts_with(name.as_bytes()) && entry != wanted.as_bytes())
+    }
+
     /// Whether it was started with this environment variable.
     pub fn mentions(&self, name: &str, value: &str) -> bool {
         let wanted = format!("{name}={value}");
@@ -55,14 +63,29 @@ pub fn all() -> Vec<Process> {
 
 /// Whether anybody listens on this TCP port.
 pub fn is_listening(port: u16) -> bool {
-    // Columns: number, local address:port in hex, remote, state; 0A is LISTEN.
-    let suffix = format!(":{port:04X}");
-    ["/proc/net/tcp", "/proc/net/tcp6"].iter().any(|table| {
-        fs::read_to_string(table).unwrap_or_default().lines().any(|line| {
-            let mut columns = line.split_whitespace();
-            columns.nth(1).is_some_and(|local| local.ends_with(&suffix)) && columns.nth(1) == Some("0A")
+    !listeners(port).is_empty()
+}
+
+/// Who listens on this TCP port, where that can be seen.
+pub fn listener(port: u16) -> Option<Process> {
+    let inodes = listeners(port);
+    let holds = |process: &Process| {
+        fs::read_dir(format!("/proc/{}/fd", process.pid)).is_ok_and(|open| {
+            open.flatten().any(|file| fs::metadata(file.path()).is_ok_and(|about| inodes.contains(&about.ino())))
         })
-    })
+    };
+    if inodes.is_empty() { None } else { all().into_iter().find(holds) }
+}
+
+/// The inodes of the sockets that listen there.
+fn listeners(port: u16) -> Vec<u64> {
+    // Columns: number, local address:port in hex, remote, state (0A is LISTEN), five others, inode.
+    let suffix = format!(":{port:04X}");
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|table| fs::read_to_string(table).unwrap_or_default());
+    let rows = tables.iter().flat_map(|table| table.lines()).map(|line| line.split_whitespace().collect::<Vec<_>>());
+    rows.filter(|row| row.len() > 9 && row[1].ends_with(&suffix) && row[3] == "0A")
+        .filter_map(|row| row[9].parse().ok())
+        .collect()
 }
 
 /// Whether any process has this file mapped.

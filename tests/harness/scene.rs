@@ -135,6 +135,8 @@ pub async fn is_remarked(daemon: &mut Daemon, kind: &str, said: &str) {
         })
         .await;
     assert!(status["warnings"].to_string().contains(said), "{status}");
+    // The log is written by a thread of its own.
+    daemon.until("the log says it", SOON, async |daemon| daemon.log().contains(said).then_some(())).await;
     assert_eq!(daemon.log().matches(said).count(), 1, "once: {}", daemon.log());
     let page = got(daemon.admin(), "/metrics").text();
     assert!(page.contains(&format!("sglangd_engine_remark{{kind=\"{kind}\"}} 1")), "{page}");
