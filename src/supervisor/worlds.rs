@@ -238,7 +238,7 @@ fn g04_a_start_without_progress_is_ended_but_a_slow_one_is_not() {
     let mut w = World::new(POLICY);
     w.launched();
     for _ in 0..10 {
-        w.later(599_000).on(Event::Progressed);
+        w.later(599_000).on(Event::Progressed).on(Event::Tick);
         assert_eq!(w.state(), "Loading");
     }
     w.wait();
@@ -246,9 +246,25 @@ fn g04_a_start_without_progress_is_ended_but_a_slow_one_is_not() {
     let mut w = World::new(POLICY);
     w.launched();
     while w.state() == "Loading" {
-        assert!(w.now <= 10_800_000, "start.limit is the last resort");
+        assert!(w.now < 10_800_000, "start.limit is the last resort");
         w.later(500_000).on(Event::Progressed).on(Event::Tick);
     }
+    assert!(w.now >= 10_800_000, "ended after {} ms", w.now);
+}
+
+#[test]
+fn a_health_that_fails_as_it_looks_ready_is_asked_again_and_is_no_progress() {
+    let mut w = World::new(POLICY);
+    w.launched().later(1_000).on(Event::LooksReady).later(25_000).on(Event::Unhealthy);
+    assert_eq!(
+        (w.state(), w.machine.deadline()),
+        ("Loading", Some(1_000 + 600_000)),
+        "the start's own limits bound this"
+    );
+    w.on(Event::LooksReady);
+    assert_eq!(w.actions, [Action::Confirm]);
+    w.on(Event::Healthy);
+    assert_eq!(w.state(), "Ready");
 }
 
 #[test]
