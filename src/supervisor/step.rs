@@ -289,8 +289,7 @@ impl Machine {
                 self.go(State::Stopping { kill_at, end }, &[])
             }
             State::Draining { .. } | State::Stopping { .. } | State::Ready | State::Busy => {
-                let cut = self.go(State::Reaping { then, until: now + REAP_LIMIT }, &[Action::CutStreams]);
-                [cut, self.reap(then, now)].concat()
+                [vec![Action::CutStreams], self.reap(then, now)].concat()
             }
             State::Reaping { until, .. } => {
                 let until = until.min(end.max(now + KILL_BEFORE_END));

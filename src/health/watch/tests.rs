@@ -139,6 +139,21 @@ fn looks_are_for_silence_only() {
     assert!(!watch.wants_look(1012 * S, HANG) && !watch.wants_figures(1012 * S, HANG));
 }
 
+#[test]
+fn where_a_hang_is_called_one_soon_it_is_looked_soon_enough_to_come_before_the_suspicion() {
+    // Suspected after two seconds.
+    let hang_after = Duration::from_secs(4);
+    let mut watch = ready(0);
+    watch.requests(1, 1000 * S);
+    assert!(!watch.wants_look(1000 * S + 499, hang_after) && !watch.wants_figures(1000 * S + 499, hang_after));
+    let now = 1000 * S + 500;
+    assert!(watch.wants_look(now, hang_after) && watch.wants_figures(now, hang_after));
+    watch.looks(now);
+    watch.reads(now);
+    assert!(!watch.wants_look(now + 499, hang_after) && !watch.wants_figures(now + 499, hang_after));
+    assert!(watch.wants_look(now + 500, hang_after) && watch.wants_figures(now + 500, hang_after));
+}
+
 /// An engine in simulated seconds: what it does next is drawn, what is seen of it goes to the watch.
 struct Engine {
     random: u64,
