@@ -274,7 +274,7 @@ impl Machine {
         match self.state.clone() {
             State::Stopped { .. } => Vec::new(),
             State::GaveUp { .. } | State::Backoff { .. } => self.go(State::Stopped { exit: 0 }, &[Action::Exit(0)]),
-            State::Ready | State::Busy if !again => {
+            State::Ready | State::Busy => {
                 self.ledger.no_longer_ready(now);
                 let cut_at = end.saturating_sub(CUT_BEFORE_END).max(now);
                 self.go(State::Draining { cut_at, end }, &[Action::Drain])
@@ -288,7 +288,7 @@ impl Machine {
                 let kill_at = end.saturating_sub(KILL_BEFORE_END);
                 self.go(State::Stopping { kill_at, end }, &[])
             }
-            State::Draining { .. } | State::Stopping { .. } | State::Ready | State::Busy => {
+            State::Draining { .. } | State::Stopping { .. } => {
                 [vec![Action::CutStreams], self.reap(then, now)].concat()
             }
             State::Reaping { until, .. } => {
