@@ -49,6 +49,8 @@ fn the_pace_before_the_work_is_that_so_far_and_tells_of_the_work_within_a_quarte
 
 #[test]
 fn a_step_before_the_work_that_is_overdue_slows_its_pace_already() {
+    // (13 s + 11.3 s of waiting + 3) for (5 s + 5 + 3): 2.1 times as long, where twice as long was to be waited for.
+    assert_eq!(left(&[(Stage::Ranks, 0, 13_000)], 24_300), Some(21_000 + 100_000));
     // (13 s + 16.5 s of waiting + 3) for (5 s + 5 + 3): two and a half times as long.
     assert_eq!(left(&[(Stage::Ranks, 0, 13_000)], 29_500), Some(25_000 + 100_000));
 }
