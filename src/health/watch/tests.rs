@@ -37,7 +37,8 @@ fn one_probe_at_a_time_and_none_while_tokens_or_batches_come() {
     assert!(watch.wants_probe(30 * S, EVERY));
     watch.sign(Sign::Token, 29 * S);
     assert!(!watch.wants_probe(30 * S, EVERY));
-    assert!(watch.wants_probe(60 * S, EVERY));
+    assert!(!watch.wants_probe(59 * S - 1, EVERY));
+    assert!(watch.wants_probe(59 * S, EVERY), "as long after the token as after a probe");
     watch.asked(60 * S);
     assert!(!watch.wants_probe(200 * S, EVERY), "one is under way");
     watch.failed();
@@ -87,6 +88,22 @@ fn g06_a_health_of_200_is_not_believed_while_the_figures_stand_still() {
     assert!(watch.probe_lies());
     watch.figures(News::Moved(None), 130 * S);
     assert!(!watch.probe_lies());
+}
+
+#[test]
+fn g06_a_probe_lies_only_if_it_passed_between_two_readings_that_are_the_same_while_somebody_waits() {
+    let lies = |passed, open| {
+        let mut watch = ready(0);
+        watch.requests(open, S);
+        watch.figures(News::First, 10 * S);
+        watch.passed(passed * S);
+        watch.figures(News::Still, 15 * S);
+        watch.probe_lies()
+    };
+    assert!(lies(12, 1));
+    assert!(!lies(12, 0), "an engine without work need not write them anew");
+    assert!(!lies(8, 1), "they may have moved with it, before the first reading");
+    assert!(!lies(15, 1), "the reading may be older than its answer");
 }
 
 #[test]
