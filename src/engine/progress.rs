@@ -15,6 +15,7 @@ mod reading;
 mod slow;
 mod unknown;
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
@@ -66,10 +67,24 @@ const STAGES: [(Stage, f32); 9] = [
 const SILENT_IMPORT_MS: u64 = 120_000;
 
 /// A place on the way: a stage, and the part of it that is done (0–1).
-#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 struct Place {
     stage: Stage,
     part: f32,
+}
+
+impl Eq for Place {}
+
+impl Ord for Place {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.stage.cmp(&other.stage).then(self.part.total_cmp(&other.part))
+    }
+}
+
+impl PartialOrd for Place {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
 const fn place(stage: Stage, part: f32) -> Place {
@@ -284,7 +299,7 @@ impl Progress {
         unknown::left(&Way {
             stage: self.at.stage,
             spent: since(entered(self.at.stage).unwrap_or(0)),
-            bar: (self.at.stage == Stage::Load && self.shards.is_some()).then_some(f64::from(self.at.part)),
+            done: f64::from(self.at.part),
             compiling: match (self.work, self.compiling) {
                 (Work::Compile(percent), Some(begun)) => Some((since(begun), f64::from(percent.unwrap_or(0)) / 100.0)),
                 _ => None,
@@ -318,16 +333,12 @@ impl Progress {
     /// A fact about one rank (with a single rank, lines name none).
     fn one(&mut self, rank: Option<Rank>, to: Place) {
         let known = self.ranks.entry(rank.unwrap_or_default()).or_insert(to);
-        if to > *known {
-            *known = to;
-        }
+        *known = (*known).max(to);
     }
 
     /// A fact about all.
     fn all(&mut self, to: Place) {
-        if to > self.floor {
-            self.floor = to;
-        }
+        self.floor = self.floor.max(to);
     }
 
     /// The bar is drawn by the first rank, without its name: all that load are taken to be as far.
@@ -338,9 +349,7 @@ impl Progress {
             self.all(to);
         }
         for known in self.ranks.values_mut().filter(|known| known.stage == Stage::Load) {
-            if to > *known {
-                *known = to;
-            }
+            *known = (*known).max(to);
         }
     }
 
@@ -360,23 +369,17 @@ impl Progress {
     }
 
     fn settle(&mut self, now_ms: u64) {
-        let slowest = self.ranks.values().copied().reduce(|a, b| if b < a { b } else { a });
+        let slowest = self.ranks.values().min().copied();
         // Before they have joined, ranks that have not spoken are behind those that have.
         let slowest =
             slowest.filter(|_| self.floor.stage >= Stage::Join || self.ranks.len() as u64 >= u64::from(self.tp));
-        let at = match slowest {
-            Some(slowest) if slowest > self.floor => slowest,
-            _ => self.floor,
-        };
+        let at = slowest.map_or(self.floor, |slowest| slowest.max(self.floor));
         if at <= self.at {
             return;
         }
         self.track.reached(Point::of(at, now_ms));
         self.at = at;
-        let percent = self.scaled(at);
-        if percent > self.percent {
-            self.percent = percent;
-        }
+        self.percent = self.percent.max(self.scaled(at));
     }
 
     fn scaled(&self, at: Place) -> f32 {

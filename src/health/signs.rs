@@ -176,6 +176,15 @@ mod tests {
     }
 
     #[test]
+    fn what_watchdogs_and_logs_may_read_in_that_time_is_no_load_and_a_byte_more_is() {
+        for (more, work) in [(0, vec![]), (1, vec![Work::Reading])] {
+            let mut signs = Signs::default();
+            signs.take(reading(0, &[0]));
+            assert_eq!(signs.take(reading(4_000, &[MIB + more])), work, "256 KiB a second, and {more}");
+        }
+    }
+
+    #[test]
     fn a_process_that_ended_takes_nothing_back() {
         let mut signs = Signs::default();
         signs.take(reading(0, &[40 * MIB, 40 * MIB]));
@@ -203,8 +212,10 @@ mod tests {
         assert_eq!(signs.take(caches(10)), []);
         assert_eq!(signs.take(caches(10)), []);
         assert_eq!(signs.take(sample(0)), []);
-        assert_eq!(signs.take(caches(10)), [], "the last measure is remembered");
+        assert_eq!(signs.take(caches(10)), []);
         assert_eq!(signs.take(caches(11)), [Work::Caching]);
+        assert_eq!(signs.take(sample(0)), []);
+        assert_eq!(signs.take(caches(12)), [Work::Caching], "the last measure is remembered");
     }
 
     #[test]

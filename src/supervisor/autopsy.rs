@@ -117,3 +117,6 @@ pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {
     };
     Cause { failure: Failure { class, retry, exit: exit.code() }, sentence, advice: cause.advice.to_owned() }
 }
+
+#[cfg(test)]
+mod tests;

@@ -156,13 +156,17 @@ mod tests {
 
     #[test]
     fn failures_leave_the_window_with_useful_life_and_not_before() {
-        for (life, left) in [(600_000, 2), (600_001, 1)] {
+        const DAYS: Millis = 2 * 86_400_000;
+        // Whether the first of them came at once or after days.
+        for (earlier, life, left) in [(0, 600_000, 2), (0, 600_001, 1), (DAYS, 600_000, 2), (DAYS, 600_001, 1)] {
             let mut ledger = Ledger::default();
+            ledger.ready(0);
+            ledger.no_longer_ready(earlier);
             ledger.failed(CRASH, &TERMS, 0);
             ledger.ready(0);
             ledger.no_longer_ready(life);
             ledger.failed(CRASH, &TERMS, 0);
-            assert_eq!(ledger.recent(), left, "after {life} ms");
+            assert_eq!(ledger.recent(), left, "{life} ms after one at {earlier}");
         }
     }
 

@@ -81,7 +81,6 @@ impl Machine {
             | State::Backoff { until } => Some(*until),
             State::Draining { cut_at, .. } => Some(*cut_at),
             State::Stopping { kill_at, .. } => Some(*kill_at),
-            State::Unkillable { .. } => self.stop_by,
             _ => None,
         }
     }
@@ -144,7 +143,7 @@ impl Machine {
             (State::Launching | State::Loading { .. } | State::Ready | State::Busy, Event::Exited | Event::Hung) => {
                 self.fail(now)
             }
-            (_, Event::Restart) if !self.stopping() => self.restart(now),
+            (_, Event::Restart) => self.restart(now),
 
             // Of a launch that failed something may have come to life before.
             (State::Launching, Event::LaunchFailed(f)) | (State::Failing { .. }, Event::Examined(f)) => {
@@ -232,7 +231,8 @@ impl Machine {
                 self.ledger.forgive();
                 self.go(State::Unkillable { then: Then::Restart }, &[])
             }
-            // A fresh one is on its way, or (failing) the next step takes the old one away.
+            // A fresh one is on its way, or (failing) the next step takes the old one away, or a stop does: where one
+            // is on its way there is none of the above.
             _ => Vec::new(),
         }
     }
@@ -274,7 +274,7 @@ impl Machine {
         match self.state.clone() {
             State::Stopped { .. } => Vec::new(),
             State::GaveUp { .. } | State::Backoff { .. } => self.go(State::Stopped { exit: 0 }, &[Action::Exit(0)]),
-            State::Ready | State::Busy if !again => {
+            State::Ready | State::Busy => {
                 self.ledger.no_longer_ready(now);
                 let cut_at = end.saturating_sub(CUT_BEFORE_END).max(now);
                 self.go(State::Draining { cut_at, end }, &[Action::Drain])
@@ -288,9 +288,8 @@ impl Machine {
                 let kill_at = end.saturating_sub(KILL_BEFORE_END);
                 self.go(State::Stopping { kill_at, end }, &[])
             }
-            State::Draining { .. } | State::Stopping { .. } | State::Ready | State::Busy => {
-                let cut = self.go(State::Reaping { then, until: now + REAP_LIMIT }, &[Action::CutStreams]);
-                [cut, self.reap(then, now)].concat()
+            State::Draining { .. } | State::Stopping { .. } => {
+                [vec![Action::CutStreams], self.reap(then, now)].concat()
             }
             State::Reaping { until, .. } => {
                 let until = until.min(end.max(now + KILL_BEFORE_END));

@@ -1,7 +1,8 @@
 //! Tests of `step`: the cases users feel, one by one. The whole of it is searched in `search`, driven at
 //! random in `random`, and run with an engine, a node and a clock that are made of numbers in `seeds`; what
-//! must hold in all of them is `shadow`.
+//! must hold in all of them is `shadow`. When each thing is due is `due`.
 
+mod due;
 mod random;
 mod search;
 #[allow(clippy::print_stdout)] // figures, for who asks with --no-capture
@@ -238,7 +239,7 @@ fn g04_a_start_without_progress_is_ended_but_a_slow_one_is_not() {
     let mut w = World::new(POLICY);
     w.launched();
     for _ in 0..10 {
-        w.later(599_000).on(Event::Progressed);
+        w.later(599_000).on(Event::Progressed).on(Event::Tick);
         assert_eq!(w.state(), "Loading");
     }
     w.wait();
@@ -246,9 +247,25 @@ fn g04_a_start_without_progress_is_ended_but_a_slow_one_is_not() {
     let mut w = World::new(POLICY);
     w.launched();
     while w.state() == "Loading" {
-        assert!(w.now <= 10_800_000, "start.limit is the last resort");
+        assert!(w.now < 10_800_000, "start.limit is the last resort");
         w.later(500_000).on(Event::Progressed).on(Event::Tick);
     }
+    assert!(w.now >= 10_800_000, "ended after {} ms", w.now);
+}
+
+#[test]
+fn a_health_that_fails_as_it_looks_ready_is_asked_again_and_is_no_progress() {
+    let mut w = World::new(POLICY);
+    w.launched().later(1_000).on(Event::LooksReady).later(25_000).on(Event::Unhealthy);
+    assert_eq!(
+        (w.state(), w.machine.deadline()),
+        ("Loading", Some(1_000 + 600_000)),
+        "the start's own limits bound this"
+    );
+    w.on(Event::LooksReady);
+    assert_eq!(w.actions, [Action::Confirm]);
+    w.on(Event::Healthy);
+    assert_eq!(w.state(), "Ready");
 }
 
 #[test]
@@ -306,9 +323,8 @@ fn a_restart_gets_it_out_of_everything_that_waits() {
     w.on(Event::TreeEmpty).on(FREE);
     assert_eq!((w.state(), w.machine.recent_failures()), ("Fetching", 0), "a start cut short is no failure");
     let mut w = World::new(POLICY);
-    w.ready().on(Event::Exited).on(Event::Examined(BAD_FLAG)).on(Event::Restart).on(Event::TreeEmpty);
-    w.on(Event::Restart).on(FREE);
-    assert_eq!(w.state(), "Fetching", "what would have ended in GaveUp");
+    w.ready().on(Event::Exited).on(Event::Examined(BAD_FLAG)).on(Event::Restart).on(Event::TreeEmpty).on(FREE);
+    assert_eq!((w.state(), w.machine.recent_failures()), ("Fetching", 0), "what would have ended in GaveUp");
     let mut w = World::new(POLICY);
     w.ready().on(Event::Exited).on(Event::Examined(BAD_FLAG)).on(Event::TreeEmpty).on(Event::Restart).on(FREE);
     assert_eq!(w.state(), "Fetching", "asked for a little later");

@@ -140,3 +140,6 @@ impl History {
         Some((this + rest_before as f64 * before + rest_working as f64 * working) as u64)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -109,6 +109,9 @@ mod tests {
         assert_eq!(flow.rate(), None, "too short to tell");
         flow.take(300, 3_000);
         assert_eq!(flow.rate(), Some(100));
+        let mut stands = flow.clone();
+        stands.take(300, 6_000);
+        assert_eq!(stands.rate(), Some(50), "a moment without a byte is a slow one, and no new beginning");
         flow.take(20_300, 23_000);
         assert_eq!(flow.rate(), Some(1_000), "the burst of long ago is forgotten");
         flow.take(50, 24_000);

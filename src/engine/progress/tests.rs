@@ -1,4 +1,5 @@
 mod first;
+mod way;
 
 use std::fmt::Write;
 

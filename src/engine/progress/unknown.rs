@@ -43,8 +43,8 @@ pub(super) struct Way {
     pub stage: Stage,
     /// Since this stage began.
     pub spent: f64,
-    /// The part of the load that a steady bar shows as done.
-    pub bar: Option<f64>,
+    /// The part of this stage that is done; of the load, as its bar shows it.
+    pub done: f64,
     /// Since when kernels are compiled, and the part of them that is done.
     pub compiling: Option<(f64, f64)>,
     /// What is still to come from a disk, at the rate at which it comes.
@@ -109,12 +109,11 @@ pub(super) fn left(way: &Way) -> Option<RangeInclusive<u64>> {
 impl Way {
     fn this(&self) -> Span {
         match self.stage {
-            Stage::Load => match (self.bar, self.reading) {
-                // A bar that has moved for a while goes on about as it did.
-                (Some(done), _) if done > 0.05 && self.spent >= 5.0 => Span::about(self.spent * (1.0 - done) / done),
-                (_, Some(_)) => self.usual(Stage::Load),
-                _ => self.usual(Stage::Load).after(self.spent),
-            },
+            // A bar that has moved for a while goes on about as it did.
+            Stage::Load if self.done > 0.05 && self.spent >= 5.0 => {
+                Span::about(self.spent * (1.0 - self.done) / self.done)
+            }
+            Stage::Load if self.reading.is_some() => self.usual(Stage::Load),
             Stage::Pool => match self.compiling {
                 Some((since, done)) if done > 0.05 && since >= 5.0 => Span::about(since * (1.0 - done) / done),
                 Some((since, _)) => COMPILATION.after(since),
@@ -177,3 +176,6 @@ impl Way {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

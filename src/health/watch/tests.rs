@@ -37,7 +37,8 @@ fn one_probe_at_a_time_and_none_while_tokens_or_batches_come() {
     assert!(watch.wants_probe(30 * S, EVERY));
     watch.sign(Sign::Token, 29 * S);
     assert!(!watch.wants_probe(30 * S, EVERY));
-    assert!(watch.wants_probe(60 * S, EVERY));
+    assert!(!watch.wants_probe(59 * S - 1, EVERY));
+    assert!(watch.wants_probe(59 * S, EVERY), "as long after the token as after a probe");
     watch.asked(60 * S);
     assert!(!watch.wants_probe(200 * S, EVERY), "one is under way");
     watch.failed();
@@ -90,6 +91,22 @@ fn g06_a_health_of_200_is_not_believed_while_the_figures_stand_still() {
 }
 
 #[test]
+fn g06_a_probe_lies_only_if_it_passed_between_two_readings_that_are_the_same_while_somebody_waits() {
+    let lies = |passed, open| {
+        let mut watch = ready(0);
+        watch.requests(open, S);
+        watch.figures(News::First, 10 * S);
+        watch.passed(passed * S);
+        watch.figures(News::Still, 15 * S);
+        watch.probe_lies()
+    };
+    assert!(lies(12, 1));
+    assert!(!lies(12, 0), "an engine without work need not write them anew");
+    assert!(!lies(8, 1), "they may have moved with it, before the first reading");
+    assert!(!lies(15, 1), "the reading may be older than its answer");
+}
+
+#[test]
 fn an_honest_probe_is_believed_when_the_figures_have_moved_or_cannot_be_read() {
     let mut watch = ready(0);
     watch.requests(1, S);
@@ -137,6 +154,21 @@ fn looks_are_for_silence_only() {
     assert!(watch.wants_figures(1012 * S, HANG));
     watch.sign(Sign::Token, 1009 * S);
     assert!(!watch.wants_look(1012 * S, HANG) && !watch.wants_figures(1012 * S, HANG));
+}
+
+#[test]
+fn where_a_hang_is_called_one_soon_it_is_looked_soon_enough_to_come_before_the_suspicion() {
+    // Suspected after two seconds.
+    let hang_after = Duration::from_secs(4);
+    let mut watch = ready(0);
+    watch.requests(1, 1000 * S);
+    assert!(!watch.wants_look(1000 * S + 499, hang_after) && !watch.wants_figures(1000 * S + 499, hang_after));
+    let now = 1000 * S + 500;
+    assert!(watch.wants_look(now, hang_after) && watch.wants_figures(now, hang_after));
+    watch.looks(now);
+    watch.reads(now);
+    assert!(!watch.wants_look(now + 499, hang_after) && !watch.wants_figures(now + 499, hang_after));
+    assert!(watch.wants_look(now + 500, hang_after) && watch.wants_figures(now + 500, hang_after));
 }
 
 /// An engine in simulated seconds: what it does next is drawn, what is seen of it goes to the watch.

@@ -211,7 +211,12 @@ impl World {
                 (Some(due), next) if next.is_none_or(|next| due <= next) => {
                     self.now = self.now.max(due);
                     self.wake();
+                    let before = self.machine.state.clone();
                     self.on(Event::Tick)?;
+                    // The driver would ask again at once, for ever.
+                    if self.machine.state == before && self.machine.deadline().is_some_and(|at| at <= self.now) {
+                        return Err(format!("what is due changes nothing in {}", name(&before)));
+                    }
                 }
                 (_, Some(_)) => {
                     let Some(Reverse((at, _, what))) = self.agenda.pop() else { break };

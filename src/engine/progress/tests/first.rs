@@ -186,3 +186,18 @@ fn kernels_that_may_have_to_be_compiled_widen_the_range_until_their_bar_tells() 
     let range = none.eta_range_seconds(410_000).expect("a range");
     assert!(range.contains(&400) && *range.end() <= 5 * range.start(), "half of it took five minutes: {range:?}");
 }
+
+#[test]
+fn imports_count_from_the_line_that_begins_them_or_from_the_launch_where_there_is_none() {
+    let joining = |begun: Option<u64>, joined: u64| {
+        let mut progress = Progress::new(1, None);
+        if let Some(begun) = begun {
+            progress.observe(Fact::ArgsResolved, None, begun);
+        }
+        progress.observe(Fact::DistInitBegin, None, joined);
+        progress.eta_range_seconds(joined).expect("a range")
+    };
+    assert_eq!(joining(Some(600_000), 635_000), joining(Some(1_000), 36_000), "what was before is not Python's pace");
+    assert_eq!(joining(None, 35_000), joining(Some(1_000), 36_000));
+    assert!(joining(None, 350_000).end() > joining(None, 35_000).end());
+}
