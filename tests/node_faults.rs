@@ -116,6 +116,7 @@ async fn the_gpus_are_told_in_status_metrics_and_plan() {
     let (setup, _node) = with_gpus(quick(""));
     let plan = setup.full_command("plan").output().unwrap();
     let plan = String::from_utf8(plan.stdout).unwrap();
+    assert!(plan.contains("  GPU driver     580.95.05\n"), "{plan}");
     assert!(plan.contains("  GPU 0          NVIDIA H100 (GPU-0), 0.5 of 80.0 GiB used\n"), "{plan}");
     assert!(plan.contains("  GPU 1          NVIDIA H100 (GPU-1), 0.5 of 80.0 GiB used, not used\n"), "{plan}");
     let mut daemon = setup.env("CUDA_VISIBLE_DEVICES", "GPU-1,0").start();

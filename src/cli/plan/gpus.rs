@@ -51,6 +51,9 @@ impl GpuView {
         if let Some(why) = &self.nothing {
             return writeln!(out, "  GPUs           {why}");
         }
+        if let Some(driver) = &self.driver {
+            writeln!(out, "  GPU driver     {driver}")?;
+        }
         let lines = self.engine.iter().map(|gpu| (gpu, "")).chain(self.others.iter().map(|gpu| (gpu, ", not used")));
         for (gpu, whose) in lines {
             let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
