@@ -107,7 +107,7 @@ fn weights_that_are_being_read_take_what_the_disk_says_and_at_most_their_way_thr
 
 #[test]
 fn a_bar_is_believed_once_it_has_moved_for_a_while() {
-    let load = |done, spent| of(&Way { done, spent, ..usual(Stage::Load) });
+    let load = |done, spent| of(&Way { spent, done, ..usual(Stage::Load) });
     // A quarter in 30 s: three quarters in 90.
     assert_eq!(load(0.25, 30.0), (45.0, 180.0));
     assert_eq!(load(0.25, 5.0), (7.5, 30.0));
