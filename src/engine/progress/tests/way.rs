@@ -73,8 +73,9 @@ fn a_warm_up_counts_once_the_server_starts_and_not_before() {
 #[test]
 fn a_rank_that_says_twice_that_it_loads_loads_no_draft() {
     let mut progress = Progress::new(1, None);
+    let first = Rank { tp: Some(0), ..Rank::default() };
     for now in [1, 2] {
-        progress.observe(Fact::LoadBegin, Some(Rank { tp: Some(0), ..Rank::default() }), now);
+        progress.observe(Fact::LoadBegin, Some(first), now);
     }
     progress.observe(Fact::Shards { done: 1, total: 4 }, None, 3);
     assert_eq!(progress.phase(3), "loading weights 1/4");
