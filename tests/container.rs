@@ -11,8 +11,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use crate::harness::daemon::{RUN, eventually, free_address, get_json, temporary_folder, write_small_model};
+use crate::harness::daemon::{eventually, free_address, get_json};
 use crate::harness::processes::{self, Process};
+use crate::harness::setup::{RUN, temporary_folder, write_small_model};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const NAME: &str = "sglangd-test";

@@ -9,7 +9,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use crate::harness::daemon::{SGLANGD, eventually, temporary_folder, write_small_model};
+use crate::harness::daemon::{SGLANGD, eventually};
+use crate::harness::setup::{temporary_folder, write_small_model};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 

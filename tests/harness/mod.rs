@@ -13,4 +13,5 @@ pub mod malformed;
 pub mod pki;
 pub mod processes;
 pub mod scene;
+pub mod setup;
 pub mod xet;
