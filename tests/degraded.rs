@@ -390,9 +390,14 @@ async fn weights_that_come_from_the_disk_are_named_as_what_makes_a_start_slow() 
 #[tokio::test]
 #[ignore = "heavy: tests/run prepares it"]
 async fn kernels_compiled_for_a_cache_that_does_not_last_are_said_in_log_status_and_metrics() {
-    // Long enough to be more than a shape or two. The cache is on a tmpfs.
-    let text =
-        format!("cp /bin/sh \"$TMPDIR/cicc\"\n\"$TMPDIR/cicc\" -c 'sleep 36; :'\nexec {SGLANGD} simulate \"$@\"");
+    // One after the other, long enough to be more than a shape or two, in a load that has begun. The cache is on a
+    // tmpfs.
+    let text = format!(
+        "echo '[2026-11-23 14:49:03] Load weight begin. avail mem=177.61 GB'\n\
+         cp /bin/sh \"$TMPDIR/cicc\"\n\
+         for n in $(seq 80); do \"$TMPDIR/cicc\" -c 'sleep 0.5; :'; done\n\
+         exec {SGLANGD} simulate \"$@\""
+    );
     let cache = tempfile::tempdir_in("/dev/shm").unwrap();
     let mut daemon = script(quick(""), &text).env("SGLANG_CACHE_DIR", cache.path().to_str().unwrap()).start();
     daemon.reaches(&["ready"], Duration::from_mins(2)).await;
