@@ -11,11 +11,11 @@ use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 use tokio::time::Instant;
 
-use crate::harness::client::{Client, End};
+use crate::harness::client::{Client, End, get};
 use crate::harness::daemon::{Daemon, Setup};
 use crate::harness::scene::{
-    SOON, engine_pid, got, is_whole, number_at, open_stream, proxy_pid, quick, replaces, script, send, stream_of,
-    streamed, text_at, the_one,
+    SOON, engine_pid, got, is_whole, number_at, open_stream, proxy_pid, quick, refuses_with, replaces, script, send,
+    stream_of, streamed, text_at, the_one,
 };
 
 /// The first status that is neither ready nor busy, and when it was seen.
@@ -210,13 +210,7 @@ async fn g10_a_stopped_scheduler_is_suspected_then_hung_then_replaced() {
         })
         .await;
     assert!(["ready", "busy"].contains(&text_at(&suspected, "/state").as_str()), "traffic goes on: {suspected}");
-    // The proxy hears of it a moment later.
-    daemon
-        .until("no new traffic is to be sent here", SOON, async |_| {
-            let ready = got(addr, "/ready");
-            ((ready.status, ready.code().as_str()) == (503, "engine_suspected")).then_some(())
-        })
-        .await;
+    refuses_with(&mut daemon, &get("/ready"), "engine_suspected").await;
     assert_eq!(got(addr, "/health").status, 200, "but nobody is to kill it yet");
     let again = replaces(&mut daemon, first).await;
     assert_eq!(number_at(&again, "/engine/restarts"), 1);

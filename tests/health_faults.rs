@@ -6,11 +6,11 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::harness::client::{Client, post};
+use crate::harness::client::{Client, get, post};
 use crate::harness::daemon::{Daemon, Setup};
 use crate::harness::scene::{
-    CHAT, SOON, engine_pid, got, is_remarked, is_whole, number_at, open_stream, quick, replaces, script, send,
-    stream_of, streamed, text_at, the_one,
+    CHAT, SOON, engine_pid, got, is_remarked, is_whole, number_at, open_stream, quick, refuses_with, replaces, script,
+    send, stream_of, streamed, text_at, the_one,
 };
 
 fn is_suspected(status: &Value) -> bool {
@@ -39,14 +39,7 @@ async fn g10_a_stopped_rank_is_suspected_at_once_by_name_and_trusted_again_when_
     println!("figure: SIGSTOP of a rank to its suspicion, nobody waiting: {:?}", begun.elapsed());
     let named = format!("sglang::scheduler_TP1 (pid {rank}) is stopped");
     assert!(text_at(&status, "/engine/suspicion").contains(&named), "{status}");
-    // The proxy hears of it a moment later.
-    let public = daemon.public();
-    daemon
-        .until("the public port says so", SOON, async |_| {
-            let ready = got(public, "/ready");
-            ((ready.status, ready.code().as_str()) == (503, "engine_suspected")).then_some(())
-        })
-        .await;
+    refuses_with(&mut daemon, &get("/ready"), "engine_suspected").await;
     let page = got(daemon.admin(), "/metrics").text();
     assert!(page.contains("\nsglangd_engine_hang_suspected 1\n"), "{page}");
     assert!(page.contains("\nsglangd_engine_hangs_suspected_total 1\n"), "{page}");

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use crate::harness::client::{Client, End, post};
 use crate::harness::daemon::{Daemon, Setup, get_json};
 use crate::harness::processes::is_listening;
-use crate::harness::scene::{CHAT, SOON, got, is_whole, quick, stream_of, streamed, text_at};
+use crate::harness::scene::{CHAT, SOON, got, is_whole, quick, refuses_with, stream_of, streamed, text_at};
 
 /// In the order of a start that meets no trouble; what is too short to be seen may be missing.
 const ORDER: [&str; 5] = ["fetching", "preparing", "launching", "loading", "ready"];
@@ -328,13 +328,7 @@ async fn j01_a_drain_lets_a_stream_finish_and_admits_nothing_new() {
     stream.send(stream_of(30)).until("\"content\"");
     daemon.terminate();
     daemon.reaches(&["draining"], SOON).await;
-    // The proxy hears of it a moment later.
-    daemon
-        .until("nothing new is admitted", SOON, async |_| {
-            let refused = Client::ask(addr, post(CHAT, "{}"));
-            ((refused.status, refused.code().as_str()) == (503, "draining")).then_some(())
-        })
-        .await;
+    refuses_with(&mut daemon, &post(CHAT, "{}"), "draining").await;
     let answer = stream.answer();
     assert!(answer.end == End::Complete && is_whole(&answer), "{answer:?}");
     assert_eq!(daemon.exit(SOON).await, 0);

@@ -270,7 +270,7 @@ impl Daemon {
             // A port that was let go may be another test's by now.
             let neighbour = |process: &Process| {
                 let a_test = process.command.contains("/deps/") && process.pid.unsigned_abs() != std::process::id();
-                a_test || process.is_anothers(MARK, &self.setup.mark())
+                a_test || process.environment(MARK).is_some_and(|mark| mark != self.setup.mark().as_bytes())
             };
             if processes::is_listening(address.port())
                 && !processes::listener(address.port()).is_some_and(|process| neighbour(&process))

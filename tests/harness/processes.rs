@@ -40,19 +40,16 @@ impl Process {
         !matches!(self.state, 'Z' | 'X')
     }
 
-    /// Whether it was started with another value of this environment variable.
-    pub fn is_anothers(&self, name: &str, value: &str) -> bool {
-        let (name, wanted) = (format!("{name}="), format!("{name}={value}"));
+    /// What this environment variable was when it was started.
+    pub fn environment(&self, name: &str) -> Option<Vec<u8>> {
         let environment = fs::read(format!("/proc/{}/environ", self.pid)).unwrap_or_default();
-        let mut entries = environment.split(|b| *b == 0);
-        entries.any(|entry| entry.starts_with(name.as_bytes()) && entry != wanted.as_bytes())
+        let value = |entry: &[u8]| Some(entry.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?.to_vec());
+        environment.split(|b| *b == 0).find_map(value)
     }
 
     /// Whether it was started with this environment variable.
     pub fn mentions(&self, name: &str, value: &str) -> bool {
-        let wanted = format!("{name}={value}");
-        let environment = fs::read(format!("/proc/{}/environ", self.pid)).unwrap_or_default();
-        environment.split(|b| *b == 0).any(|entry| entry == wanted.as_bytes())
+        self.environment(name).is_some_and(|found| found == value.as_bytes())
     }
 }
 

@@ -141,3 +141,14 @@ pub async fn is_remarked(daemon: &mut Daemon, kind: &str, said: &str) {
     let page = got(daemon.admin(), "/metrics").text();
     assert!(page.contains(&format!("sglangd_engine_remark{{kind=\"{kind}\"}} 1")), "{page}");
 }
+
+/// The public port answers this with 503 and this code: the proxy hears of a state a moment after the status has it.
+pub async fn refuses_with(daemon: &mut Daemon, request: &str, code: &str) {
+    let addr = daemon.public();
+    daemon
+        .until(&format!("503 {code}"), SOON, async |_| {
+            let refused = Client::ask(addr, request);
+            ((refused.status, refused.code().as_str()) == (503, code)).then_some(())
+        })
+        .await;
+}
