@@ -7,7 +7,7 @@ use sglangd::proxy::{Proxy, Supervision, Timings};
 
 use crate::harness::client::{Client, End, get, head, post, post_with};
 use crate::harness::engine::{Engine, json};
-use crate::harness::front::{Front, eventually, settings, view};
+use crate::harness::front::{Front, eventually, metric, settings, view};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -107,6 +107,43 @@ fn held_requests_are_told_when_the_engine_will_not_return() {
     assert_eq!((answer.status, answer.code().as_str()), (503, "engine_gave_up"));
     assert!(answer.text().contains(reason));
     front.holds(0, 0);
+}
+
+/// A proxy whose supervisor takes an engine for ready that no longer listens, and a request on its way to it.
+fn sent_to_a_dead_engine(timings: Timings) -> (Proxy, Client) {
+    let [dead, public] = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let (nobody, addr) = (dead.local_addr().unwrap(), public.local_addr().unwrap());
+    drop(dead);
+    let mut proxy = Proxy::new(timings, Supervision::Linked);
+    proxy.hear();
+    proxy.settings(settings()).unwrap();
+    proxy.engine(view(EngineState::Ready, Some(nobody)));
+    proxy.listen(vec![public.into()]).unwrap();
+    let mut client = Client::connect(addr);
+    client.send(post_with(CHAT, "", "{\"held\": 1}"));
+    eventually("it was tried", || metric(&proxy.metrics(), "sglangd_upstream_connects_total").is_some_and(|n| n > 0.0));
+    (proxy, client)
+}
+
+#[test]
+fn d01_g20_a_request_that_a_dead_engine_did_not_take_waits_for_the_next_one() {
+    let (proxy, mut client) = sent_to_a_dead_engine(Timings::default());
+    proxy.engine(EngineView { hold_ms: 10_000, ..view(EngineState::Failing, None) });
+    eventually("it is held", || proxy.traffic().queued == 1);
+    let engine = Engine::answering(json("200 OK", "{}"));
+    proxy.engine(view(EngineState::Ready, Some(engine.addr)));
+    assert_eq!(client.answer().status, 200);
+    assert!(engine.text(0).ends_with("{\"held\": 1}"), "{}", engine.text(0));
+    assert_eq!(metric(&proxy.metrics(), "sglangd_upstream_retries_total"), Some(1.0));
+}
+
+#[test]
+fn d01_a_request_that_no_engine_took_is_not_kept_where_nobody_says_that_it_died() {
+    let timings = Timings { engine_news: Duration::from_millis(50), ..Timings::default() };
+    let (proxy, mut client) = sent_to_a_dead_engine(timings);
+    let answer = client.answer();
+    assert_eq!((answer.status, answer.code().as_str()), (503, "engine_unreachable"));
+    assert_eq!((proxy.traffic().in_flight, proxy.traffic().queued), (0, 0));
 }
 
 #[test]

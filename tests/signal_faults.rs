@@ -112,6 +112,62 @@ async fn j02_a_second_signal_skips_the_drain_and_still_leaves_nothing() {
     daemon.leaves_nothing(Duration::ZERO).await;
 }
 
+/// However it misbehaves, its stop is over within the grace; those that do no harm to it take no longer than others.
+#[tokio::test]
+async fn j01_the_worst_stop_of_each_misbehaving_engine() {
+    const GRACE: Duration = Duration::from_secs(12);
+    let patient = |fault: &str| {
+        let setup = quick(fault).set("shutdown.grace", "12s").set("engine.tp", "2");
+        setup.env("SGLANG_SIM_TOKENS_PER_SECOND", "20")
+    };
+    let ready = [
+        ("ignores SIGTERM", "ignore_sigterm"),
+        ("has a stopped scheduler", ""),
+        ("has a stopped main process", ""),
+        ("hangs with a stream open", "hang_after_tokens=40"),
+        ("does all of these, and has one that fled", "ignore_sigterm,orphan_setsid,leak_shm,hang_after_tokens=40"),
+        ("has one that fled, and leaks memory", "orphan_setsid,leak_shm"),
+        ("closed its output", "close_stdio"),
+        ("floods", "flood_stdout,flood_stderr"),
+    ];
+    let mut cases = Vec::new();
+    let mut streams = Vec::new();
+    for (name, fault) in ready {
+        let mut daemon = patient(fault).start();
+        let engine = engine_pid(&daemon.is_ready(SOON).await);
+        if name.contains("stream") || name.contains("these") {
+            streams.push(open_stream(daemon.public(), 200));
+        }
+        if name.contains("scheduler") || name.contains("these") {
+            send(the_one(&daemon, "sglang::scheduler_TP1"), Signal::SIGSTOP);
+        }
+        if name.contains("main") {
+            send(engine, Signal::SIGSTOP);
+        }
+        cases.push((name, daemon));
+    }
+    let mut loading = patient("hang_at_load,ignore_sigterm").start();
+    loading
+        .until("the load", SOON, async |daemon| {
+            text_at(&daemon.status().await?, "/phase").contains("weights").then_some(())
+        })
+        .await;
+    cases.push(("hangs while it loads", loading));
+
+    // All at once: most of it is waiting.
+    let mut stops = tokio::task::JoinSet::new();
+    for (name, daemon) in cases {
+        stops.spawn(async move { (name, stopped(daemon).await) });
+    }
+    while let Some(stop) = stops.join_next().await {
+        let (name, took) = stop.unwrap();
+        println!("figure: stop of an engine that {name}: {took:.1?} of a grace of {GRACE:?}");
+        assert!(took < GRACE + Duration::from_secs(2), "{name}: {took:?}");
+        let harmless = ["leaks", "closed", "floods", "loads"].iter().any(|word| name.contains(word));
+        assert!(!harmless || took < AT_ONCE, "{name}: {took:?}");
+    }
+}
+
 #[tokio::test]
 async fn j02_two_signals_of_one_key_are_one_wish() {
     let mut daemon = quick("").env("SGLANG_SIM_TOKENS_PER_SECOND", "20").start();

@@ -183,7 +183,7 @@ fn usual(path: &str) -> Decision {
 /// parameter, no backslash, and nothing encoded that would mean something else decoded.
 fn is_plain(path: &str) -> bool {
     let bytes = path.as_bytes();
-    let odd = |byte: &u8| !byte.is_ascii_graphic() || b"\\;\"<>^`{|}#".contains(byte);
+    let odd = |byte: &u8| !byte.is_ascii_graphic() || b"\\;\"<>^`{|}#?".contains(byte);
     if bytes.first() != Some(&b'/') || bytes.iter().any(odd) {
         return false;
     }
@@ -252,6 +252,7 @@ mod tests {
             "/v1%2Fmodels",
             "/%66lush_cache",
             "/v1/models;x",
+            "/v1/models/x?y",
             "/v1/models\\x",
             "/v1/models/%",
             "/v1/models/%00",

@@ -16,7 +16,7 @@ use std::time::Duration;
 use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, TRANSFER_ENCODING};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::answer::{Answer, Early, Work, head};
 use super::call::Call;
@@ -30,7 +30,7 @@ use super::metrics::Label;
 use super::own;
 use super::peek::Stream;
 use super::routes::{Asks, Decision, Protocol, Route};
-use super::state::{Mode, Snapshot};
+use super::state::{Mode, Snapshot, Supervision};
 use super::transport::crowd::Standing;
 use super::upstream::exchange::{BodyFault, Failure, Outgoing, Upgrade, exchange};
 use super::websocket;
@@ -218,42 +218,70 @@ async fn decide(call: Rc<Call>, parts: Parts, body: Upload, id: HeaderValue) -> 
     } else {
         outgoing.look().await.map_err(|fault| explain(peer, &snapshot, fault.into()))?;
     }
-    let (ticket, snapshot) = admit(peer, parts, call.caller, snapshot, &mut outgoing).await?;
-    loads::keep_looking(&peer.worker);
-    let Some(upstream) = snapshot.engine.as_ref().and_then(|engine| engine.upstream.clone()) else {
-        ticket.was_not_served();
-        return Err(Refusal::engine(snapshot.engine.as_ref()).into());
-    };
-    let mut head = request_head(peer, parts, &snapshot, &upstream, &id, framing);
-    let upgrade = if websocket.is_some() { Upgrade::Asked } else { Upgrade::No };
-    if upgrade == Upgrade::Asked {
-        head.splice(head.len() - 2.., websocket::FIELDS.iter().copied());
-    }
-    let worker = &peer.worker;
-    let since = Instant::now();
-    let asking =
-        exchange(&worker.pool, &worker.counters, upstream.addr, (&parts.method, upgrade), &head, &mut outgoing);
-    let outcome = watched(peer, asking).await;
-    worker.counters.bytes_in.fetch_add(outgoing.taken(), Relaxed);
-    match outcome {
-        Ok(Ok(answered)) => {
-            worker.counters.first_byte.observe(since.elapsed());
-            match &websocket {
-                Some(asked) if answered.head.status == StatusCode::SWITCHING_PROTOCOLS => {
-                    Ok(websocket::open(&call, asked, answered, ticket)?)
-                }
-                _ => Ok(head::relay(&call, answered, ticket, &upstream)),
+    let (mut snapshot, mut counted) = (snapshot, 0);
+    loop {
+        let (ticket, now) = admit(peer, parts, call.caller, snapshot, &mut outgoing).await?;
+        loads::keep_looking(&peer.worker);
+        let Some(upstream) = now.engine.as_ref().and_then(|engine| engine.upstream.clone()) else {
+            ticket.was_not_served();
+            return Err(Refusal::engine(now.engine.as_ref()).into());
+        };
+        let mut head = request_head(peer, parts, &now, &upstream, &id, framing);
+        let upgrade = if websocket.is_some() { Upgrade::Asked } else { Upgrade::No };
+        if upgrade == Upgrade::Asked {
+            head.splice(head.len() - 2.., websocket::FIELDS.iter().copied());
+        }
+        let worker = &peer.worker;
+        let since = Instant::now();
+        let asking =
+            exchange(&worker.pool, &worker.counters, upstream.addr, (&parts.method, upgrade), &head, &mut outgoing);
+        let outcome = watched(peer, asking).await;
+        let taken = outgoing.taken();
+        worker.counters.bytes_in.fetch_add(taken - std::mem::replace(&mut counted, taken), Relaxed);
+        let failure = match outcome {
+            Ok(Ok(answered)) => {
+                worker.counters.first_byte.observe(since.elapsed());
+                return match &websocket {
+                    Some(asked) if answered.head.status == StatusCode::SWITCHING_PROTOCOLS => {
+                        Ok(websocket::open(&call, asked, answered, ticket)?)
+                    }
+                    _ => Ok(head::relay(&call, answered, ticket, &upstream)),
+                };
             }
+            Ok(Err(failure)) => failure,
+            Err(stop) => {
+                ticket.was_not_served();
+                return Err(stop);
+            }
+        };
+        ticket.was_not_served();
+        // Nothing of it reached an engine: over a restart it waits like one that came a moment later.
+        if !matches!(failure, Failure::Unreachable(_)) || hears_of_its_end(peer, &upstream).await? == Heard::Nothing {
+            return Err(explain(peer, &now, failure).into());
         }
-        Ok(Err(failure)) => {
-            ticket.was_not_served();
-            Err(explain(peer, &snapshot, failure).into())
-        }
-        Err(stop) => {
-            ticket.was_not_served();
-            Err(stop)
-        }
+        worker.counters.upstream_retries.fetch_add(1, Relaxed);
+        snapshot = worker.shared.snapshot();
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Heard {
+    Yes,
+    Nothing,
+}
+
+/// An engine that died takes no connection from that moment on, and its supervisor says so a moment later.
+async fn hears_of_its_end(peer: &Peer, engine: &Upstream) -> Result<Heard, Stop> {
+    let shared = &peer.worker.shared;
+    if shared.supervision == Supervision::Alone {
+        return Ok(Heard::Nothing);
+    }
+    let mut changes = shared.changes();
+    let is_over = |now: &Arc<Snapshot>| {
+        !is_open(now.engine.as_ref()) || now.engine.as_ref().is_some_and(|view| view.upstream.as_ref() != Some(engine))
+    };
+    let news = timeout(shared.timings.engine_news, changes.wait_for(is_over));
+    Ok(if matches!(watched(peer, news).await?, Ok(Ok(_))) { Heard::Yes } else { Heard::Nothing })
 }
 
 /// Runs `future` for as long as the client is there and nothing is cut.

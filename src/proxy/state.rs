@@ -53,6 +53,8 @@ pub struct Timings {
     /// An engine silent for this long in mid-answer has lost the answer. Longer than any prefill:
     /// native streams send their head before it.
     pub engine_silence: Duration,
+    /// An engine that takes no connection is dead, or as good as that; its supervisor says so within this, or will not.
+    pub engine_news: Duration,
     /// A client whose stream says nothing for this long is told that it is still there, the first time
     /// by the beginning of an answer that the engine has not begun. Well below what balancers and
     /// gateways allow a silent connection (60 s mostly).
@@ -70,6 +72,7 @@ impl Default for Timings {
         Self {
             client: Patience::default(),
             engine_silence: Duration::from_mins(15),
+            engine_news: Duration::from_secs(2),
             keep_alive: Duration::from_secs(15),
             websocket_idle: Duration::from_mins(10),
             supervisor_silence: Duration::from_secs(10),

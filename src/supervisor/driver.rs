@@ -27,11 +27,12 @@ use super::fetcher::Current;
 use super::half::{Half, HalfView, Orders};
 use super::loading::Loading;
 use super::look::Look;
+use super::oversight::{Decided, News, Oversight, Question, Wanted};
 use super::prepare::Prepared;
 use super::releasing::{Room, Uses};
 use super::report::{Facts, Systemd, headline};
 use super::running::{Notice, Running, Stuck};
-use super::step::{Action, Event, Machine, Millis, State};
+use super::step::{Action, Event, Millis, State};
 use crate::config::Config;
 use crate::engine::env::Env;
 use crate::engine::remarks::Expected;
@@ -67,12 +68,20 @@ enum Report {
     Prepared(Result<Box<Prepared>, Cause>),
     Examined(Cause),
     Pulse(Pulse),
-    Looked(Box<Look>),
-    Figures { of: i32, figures: Figures },
+    /// None: it could not be made.
+    Looked(Option<Box<Look>>),
+    Figures {
+        of: i32,
+        figures: Figures,
+    },
     Notice(Notice),
     TreeEmpty,
-    Released { roll: u16 },
-    Held { roll: u16 },
+    Released {
+        roll: u16,
+    },
+    Held {
+        roll: u16,
+    },
     Gpus(gpus::Look),
     Bundled(Result<PathBuf, String>),
     Order(Order),
@@ -97,7 +106,7 @@ enum Turn {
 
 #[derive(Debug)]
 pub struct Driver {
-    machine: Machine,
+    oversight: Oversight,
     born: Instant,
     /// The end of the loop's last turn.
     awake: Instant,
@@ -110,8 +119,6 @@ pub struct Driver {
 
     half: Half,
     half_view: watch::Receiver<HalfView>,
-    /// The proxy's traffic reports seen when the drain was asked for: older ones prove nothing.
-    drain_asked: Option<u64>,
     settings: watch::Sender<ProxySettings>,
     engine_view: watch::Sender<EngineView>,
     status: watch::Sender<Status>,
@@ -160,7 +167,6 @@ pub struct Driver {
     suspicions: u64,
     /// What the flags lead to expect of the engine's figures.
     expected: Expected,
-    stop_asked: Option<Instant>,
     exit: Option<u8>,
 }
 
@@ -171,7 +177,7 @@ impl Driver {
             outside;
         let config = loaded.config.clone();
         let warnings = loaded.warnings.clone();
-        let (machine, _) = Machine::start(policy(&config));
+        let oversight = Oversight::new(policy(&config), outside::patience(&config));
         let (reports, inbox) = mpsc::channel(REPORTS);
         let (said, hearing) = mpsc::channel(FACTS);
         let (steps, downloading) = mpsc::channel(STEPS);
@@ -180,7 +186,7 @@ impl Driver {
         let means = Means { loaded, folders, own_env: own_env.clone(), inspect_arguments };
 
         let facts = Facts {
-            machine: &machine,
+            machine: &oversight.machine,
             config: &config,
             config_files: &means.loaded.files,
             importing: false,
@@ -227,7 +233,7 @@ impl Driver {
             orders: Orderly(reports.clone()),
         };
         let driver = Self {
-            machine,
+            oversight,
             born: Instant::now(),
             awake: Instant::now(),
             means,
@@ -238,7 +244,6 @@ impl Driver {
             reload,
             half_view: half.view(),
             half,
-            drain_asked: None,
             settings,
             engine_view,
             status,
@@ -278,7 +283,6 @@ impl Driver {
             vigil: vigil::Vigil::default(),
             suspicions: 0,
             expected: Expected::default(),
-            stop_asked: None,
             exit: None,
         };
         (driver, outlook)
@@ -304,7 +308,7 @@ impl Driver {
                 self.farewell().await;
                 return code;
             }
-            let due = self.machine.deadline().map(|at| self.born + Duration::from_millis(at));
+            let due = self.oversight.machine.deadline().map(|at| self.born + Duration::from_millis(at));
             let turn = tokio::select! {
                 biased;
                 wish = self.signals.next() => Turn::Wish(wish),
@@ -334,32 +338,54 @@ impl Driver {
         }
     }
 
-    /// One step of the machine, and what it wishes.
+    fn state(&self) -> &State {
+        self.oversight.state()
+    }
+
     async fn on(&mut self, event: Event) {
-        let now = self.now();
-        let before = std::mem::discriminant(&self.machine.state);
-        for action in self.machine.step(&event, now) {
-            self.act(action).await;
+        self.take(News::Event(event)).await;
+    }
+
+    /// What follows from a piece of news; the answer is whether the machine was told of it.
+    async fn take(&mut self, news: News) -> Option<Event> {
+        let before = self.state().clone();
+        let decided = self.oversight.take(news, self.now());
+        self.carry_out(decided, &before).await
+    }
+
+    async fn carry_out(&mut self, Decided { event, orders }: Decided, before: &State) -> Option<Event> {
+        for order in orders {
+            match order {
+                Wanted::Think(opinion) => self.thinks(opinion),
+                Wanted::Act(action) => self.act(action).await,
+                Wanted::Ask(Question::Probe) => self.probe(),
+                Wanted::Ask(Question::Look) => self.look(),
+                Wanted::Ask(Question::Figures) => self.read_figures(),
+            }
         }
-        if before != std::mem::discriminant(&self.machine.state) {
-            self.entered();
+        if std::mem::discriminant(before) != std::mem::discriminant(self.state()) {
+            self.entered(before);
         }
+        event
     }
 
     /// What belongs to a state from its first moment.
-    fn entered(&mut self) {
-        if !matches!(self.machine.state, State::Launching | State::Loading { .. }) {
+    fn entered(&mut self, before: &State) {
+        if !matches!(self.state(), State::Launching | State::Loading { .. }) {
             self.stop_reading_ahead();
         }
-        match self.machine.state {
+        match self.state() {
             State::Fetching | State::Preparing => {
                 self.loading = Loading::default();
                 self.vigil = vigil::Vigil::of(self.expected.clone());
             }
             State::Launching => self.weights = None,
             State::Ready => {
-                self.cause = None;
-                self.begin_watch();
+                (self.cause, self.vigil.suspicion) = (None, None);
+                // Ready again after it was busy: nothing begins.
+                if matches!(before, State::Loading { .. }) {
+                    self.begin_watch();
+                }
                 self.loading.ready();
             }
             _ => {}

@@ -1,8 +1,9 @@
 //! Tests of `step`: the cases users feel, one by one. The whole of it is searched in `search`, driven at
-//! random in `random`, and run with an engine, a node and a clock that are made of numbers in `seeds`; what
+//! random in `random`, and run with an engine, a node and a clock that are made of numbers (`node`) in `seeds`; what
 //! must hold in all of them is `shadow`. When each thing is due is `due`.
 
 mod due;
+mod node;
 mod random;
 mod search;
 #[allow(clippy::print_stdout)] // figures, for who asks with --no-capture

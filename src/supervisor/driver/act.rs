@@ -17,10 +17,11 @@ use crate::supervisor::autopsy::{self, Found, Judged};
 use crate::supervisor::cause::Cause;
 use crate::supervisor::findings::{Stacks, Subject};
 use crate::supervisor::loading::{Loading, Memory};
+use crate::supervisor::oversight::Life;
 use crate::supervisor::prepare::{Ingredients, prepare};
 use crate::supervisor::releasing::{Uses, Waited};
 use crate::supervisor::running::{End, Notice, launch, stranger};
-use crate::supervisor::step::{Action, Check, Event, Machine, State};
+use crate::supervisor::step::{Action, Check, Event, State};
 
 /// What clients read whose stream is cut by a stop.
 const CUT_REASON: &str = "The server is shutting down; the answer is incomplete. Try again.";
@@ -33,12 +34,9 @@ impl Driver {
             Action::Launch => self.launch().await,
             Action::Confirm => self.confirm(),
             Action::Examine => self.examine(),
-            Action::Drain => {
-                self.drain_asked = Some(self.half_view.borrow().reports);
-                self.half.drain();
-            }
+            Action::Drain => self.half.drain(),
             // The proxy learns it with the state.
-            Action::Hold => self.drain_asked = Some(self.half_view.borrow().reports),
+            Action::Hold => {}
             Action::CutStreams => self.half.cut(CUT_REASON),
             Action::Terminate => {
                 if let Some(engine) = &self.engine {
@@ -116,7 +114,7 @@ impl Driver {
     /// Until the memory of the engine that was is free; at a stop, not for long.
     fn release(&mut self) {
         let roll = rand::rng().random_range(0..1000);
-        if !matches!(self.machine.state, State::Releasing { .. }) {
+        if !matches!(self.state(), State::Releasing { .. }) {
             self.claim(roll);
             return;
         }
@@ -219,7 +217,10 @@ impl Driver {
         engine.stop_watching();
         let (reports, spawner) = (self.reports.clone(), self.spawner.clone());
         let (state, about) = (self.means.folders.state.clone(), self.about());
-        let reached = if self.vigil.served { Reached::Ready } else { self.loading.reached() };
+        let reached = match self.oversight.life() {
+            Life::Served => Reached::Ready,
+            Life::Starts => self.loading.reached(),
+        };
         let words = engine.take_last_words();
         let subject = Subject::new(engine.tree.clone(), engine.spec.clone());
         let (ended, heard) = (engine.ended, Arc::clone(&engine.heard));
@@ -319,9 +320,5 @@ impl Driver {
     pub(super) fn blame(&mut self, cause: Cause) {
         tracing::error!("{}{}{}", cause.sentence, if cause.advice.is_empty() { "" } else { " " }, cause.advice);
         self.cause = Some(cause);
-    }
-
-    pub(super) fn is_past_loading(machine: &Machine) -> bool {
-        matches!(machine.state, State::Ready | State::Busy)
     }
 }

@@ -1,48 +1,28 @@
 //! What the driver does with news from outside, and by itself each second.
 
-use std::time::Duration;
-
-use tokio::time::Instant;
-
 use super::{Driver, Event, Order, Report, State};
 use crate::engine::death::Reached;
 use crate::engine::log::{Fact, Signature};
 use crate::engine::remarks::Expected;
-use crate::health::watch::Sign;
 use crate::launch::output::Said;
 use crate::launch::reaper::BATCH;
 use crate::link::status::{ReadAhead, WeightsStatus};
 use crate::shutdown::Wish;
 use crate::supervisor::ahead::{Reading, told};
 use crate::supervisor::autopsy::Judged;
-use crate::supervisor::loading::News;
-use crate::supervisor::oversight::{self, Drain};
+use crate::supervisor::loading::News as Heard;
+use crate::supervisor::oversight::{News, Proxy};
 use crate::supervisor::running::Notice;
 use crate::weights::ahead::Ahead;
 use crate::weights::{Pace, Progress};
 
-/// Stop signals closer together than this are one; nobody presses Ctrl-C twice so fast.
-const ONE_WISH: Duration = Duration::from_millis(100);
 /// How the warning about what a reload could not make live begins.
 const WAITS: &str = "changed in the configuration, live only after a restart";
 
 impl Driver {
     pub(super) async fn wished(&mut self, wish: Wish) {
         match wish {
-            // Terminals, `timeout` and container runtimes signal a process and its group: two signals
-            // so close are one wish.
-            Wish::Stop if self.stop_asked.is_some_and(|at| at.elapsed() < ONE_WISH) => {}
-            Wish::Stop => {
-                self.stop_asked.get_or_insert_with(Instant::now);
-                if self.machine.stopping() {
-                    tracing::warn!("asked again to stop: not waiting any longer");
-                } else {
-                    tracing::info!("stopping, within {} s", self.config().shutdown.grace.as_secs());
-                    self.systemd.stopping();
-                }
-                self.on(Event::Stop).await;
-                self.hurry.cancel();
-            }
+            Wish::Stop => self.stop_wished().await,
             Wish::Reload => self.reloaded(),
             Wish::Reap => {
                 while self.spawner.reap() == BATCH {
@@ -56,6 +36,24 @@ impl Driver {
         }
     }
 
+    async fn stop_wished(&mut self) {
+        self.traffic_changed().await;
+        let before = self.state().clone();
+        let again = self.oversight.machine.stopping();
+        let decided = self.oversight.take(News::StopWished, self.now());
+        if decided.event.is_none() {
+            return;
+        }
+        if again {
+            tracing::warn!("asked again to stop: not waiting any longer");
+        } else {
+            tracing::info!("stopping, within {} s", self.config().shutdown.grace.as_secs());
+            self.systemd.stopping();
+        }
+        self.carry_out(decided, &before).await;
+        self.hurry.cancel();
+    }
+
     pub(super) async fn reported(&mut self, report: Report) {
         match report {
             Report::Acquired(Ok(acquired)) => {
@@ -67,14 +65,14 @@ impl Driver {
                 self.on(Event::Fetched).await;
             }
             Report::Acquired(Err(cause)) => {
-                if !self.machine.stopping() {
+                if !self.oversight.machine.stopping() {
                     let failure = cause.failure;
                     self.blame(cause);
                     self.on(Event::FetchFailed(failure)).await;
                 }
             }
             Report::Prepared(Ok(prepared)) => {
-                if matches!(self.machine.state, State::Preparing) {
+                if matches!(self.state(), State::Preparing) {
                     self.prepared = Some(prepared);
                     self.on(Event::Prepared).await;
                 } else {
@@ -94,9 +92,11 @@ impl Driver {
                 self.on(Event::Examined(failure)).await;
             }
             Report::Pulse(pulse) => self.pulsed(&pulse).await,
-            Report::Looked(seen) => self.looked(*seen).await,
-            Report::Figures { of, figures } => self.figures(of, figures),
-            Report::Notice(Notice::RankEnded(rank)) => self.rank_ended(&rank).await,
+            Report::Looked(seen) => self.looked(seen).await,
+            Report::Figures { of, figures } => self.figures(of, figures).await,
+            Report::Notice(Notice::RankEnded(rank)) => {
+                self.take(News::RankEnded(rank)).await;
+            }
             Report::Notice(Notice::LooksReady) => self.on(Event::LooksReady).await,
             Report::Notice(Notice::Ended(how)) => {
                 if let Some(engine) = &mut self.engine {
@@ -116,8 +116,9 @@ impl Driver {
             Report::Bundled(written) => self.bundled(written),
             Report::Order(Order::Bundle(reply)) => self.bundle_on_demand(reply),
             Report::Order(Order::Restart(reply)) => {
-                let before = self.machine.state.clone();
-                let stopping = self.machine.stopping();
+                self.traffic_changed().await;
+                let before = self.state().clone();
+                let stopping = self.oversight.machine.stopping();
                 self.on(Event::Restart).await;
                 let answer = restart_in_words(&before, stopping);
                 tracing::info!("asked to restart the engine: {answer}");
@@ -132,14 +133,14 @@ impl Driver {
             self.on(Event::LooksReady).await;
             return;
         }
-        if matches!(said.fact, Fact::Fatal(Signature::Port)) && matches!(self.machine.state, State::Loading { .. }) {
+        if matches!(said.fact, Fact::Fatal(Signature::Port)) && matches!(self.state(), State::Loading { .. }) {
             // Found after the whole load, and not exited over: it would stay for as long as it may.
             let sentence = "The engine found its private port taken by another program.";
             self.vigil.judged = Some(Judged::Hung(sentence.into()));
             self.on(Event::Hung).await;
             return;
         }
-        if self.loading.heard(&said) == News::Further {
+        if self.loading.heard(&said) == Heard::Further {
             self.systemd.progressed();
             self.on(Event::Progressed).await;
             if self.loading.reached() >= Reached::Loaded {
@@ -191,34 +192,30 @@ impl Driver {
         }
     }
 
+    /// What the proxy said last; also before it is asked to drain, so that nothing it said earlier proves that it has.
     pub(super) async fn traffic_changed(&mut self) {
         let view = self.half_view.borrow_and_update().clone();
-        let now = self.now();
-        // A WebSocket may be silent for as long as its client is.
-        self.vigil.watch.requests(view.traffic.in_flight.saturating_sub(view.traffic.websockets), now);
-        if let Some(age) = view.traffic.last_byte_ms {
-            self.vigil.watch.sign(Sign::Token, now.saturating_sub(age));
-        }
-        let drain = Drain {
-            asked: self.drain_asked,
+        let (traffic, now) = (&view.traffic, self.now());
+        let proxy = Proxy {
             reports: view.pid.map(|_| view.reports),
-            closed: view.traffic.closed,
-            open: view.traffic.in_flight + view.traffic.open_answers,
+            closed: traffic.closed,
+            // A WebSocket may be silent for as long as its client is.
+            waiting: traffic.in_flight.saturating_sub(traffic.websockets),
+            open: traffic.in_flight + traffic.open_answers,
+            last_byte: traffic.last_byte_ms.map(|age| now.saturating_sub(age)),
         };
-        if matches!(self.machine.state, State::Draining { .. }) && oversight::is_drained(&drain) {
-            self.on(Event::Idle).await;
-        }
+        self.take(News::Traffic(proxy)).await;
     }
 
-    /// Time in which we did not run is no silence of the engine's: every patience begins anew.
     pub(super) async fn woke(&mut self) {
-        let (gap, now) = (self.awake.elapsed(), self.now());
-        if let Some(event) = oversight::woke(&mut self.vigil.watch, gap, now) {
+        let gap = self.awake.elapsed();
+        let before = self.state().clone();
+        if let Some(decided) = self.oversight.woke(gap, self.now()) {
             tracing::warn!(
                 "sglangd itself did not run for {} s; the engine's silence meanwhile does not count",
                 gap.as_secs()
             );
-            self.on(event).await;
+            self.carry_out(decided, &before).await;
         }
     }
 

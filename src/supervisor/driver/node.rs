@@ -95,7 +95,7 @@ impl Driver {
     pub(super) fn look_at_gpus(&mut self) {
         // Memory that fills is progress: seen often enough to count before a start is called stalled.
         let loading = LOOK_LOADING.min(self.config().start.stall / 4);
-        let every = if matches!(self.machine.state, State::Loading { .. }) { loading } else { LOOK_ELSE };
+        let every = if matches!(self.state(), State::Loading { .. }) { loading } else { LOOK_ELSE };
         if self.node.in_flight || self.node.asked.is_some_and(|at| at.elapsed() < every) {
             return;
         }

@@ -18,6 +18,7 @@ use crate::link::status::{Listening, Status};
 use crate::link::{EngineView, ProxySettings};
 use crate::shutdown::Signals;
 use crate::supervisor::half::Half;
+use crate::supervisor::oversight::Patience;
 use crate::supervisor::step::{GiveUp, Millis, Policy, Terms};
 
 /// Reads the configuration anew, for SIGHUP; the error is ready to be shown.
@@ -101,5 +102,13 @@ pub(super) fn policy(config: &Config) -> Policy {
         grace: ms(config.shutdown.grace),
         start_stall: ms(config.start.stall),
         start_limit: ms(config.start.limit),
+    }
+}
+
+pub(super) fn patience(config: &Config) -> Patience {
+    Patience {
+        hang_after: config.health.hang_after,
+        probe_interval: config.health.probe_interval,
+        start_stall: config.start.stall,
     }
 }

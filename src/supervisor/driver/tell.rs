@@ -9,19 +9,19 @@ impl Driver {
     pub(super) fn publish(&mut self) {
         let stuck = self.stuck.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         let half = self.half_view.borrow().clone();
-        let phase = self.loading.phase(&self.machine.state);
+        let phase = self.loading.phase(self.state());
         let gpus = self.gpu_status();
         let in_the_way = self.room.in_the_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
-        let slow = self.loading.slow(&self.machine.state);
+        let slow = self.loading.slow(self.state());
         let facts = Facts {
-            machine: &self.machine,
+            machine: &self.oversight.machine,
             config: &self.means.loaded.config,
             config_files: &self.means.loaded.files,
             importing: self.loading.is_importing(),
             phase: &phase,
-            percent: self.loading.percent(&self.machine.state, self.weights.as_ref()),
-            eta_seconds: self.loading.eta_seconds(&self.machine.state),
-            eta_range_seconds: self.loading.eta_range_seconds(&self.machine.state),
+            percent: self.loading.percent(self.state(), self.weights.as_ref()),
+            eta_seconds: self.loading.eta_seconds(self.state()),
+            eta_range_seconds: self.loading.eta_range_seconds(self.state()),
             slow: &slow,
             cause: self.cause.as_ref(),
             stuck: &stuck,
