@@ -348,6 +348,10 @@ fn f11_where_nobody_is_idle_the_newcomer_is_told_so() {
     assert_eq!((answer.header("connection"), answer.header("retry-after")), (Some("close"), Some("1")));
     assert_eq!(Client::ask(front.addr, get("/live")).status, 200);
     assert_eq!(turned_away(&front, "crowded"), 2);
+    // Of more than a worker tells so at once some are closed without a word, and counted all the same.
+    let _crowd: Vec<Client> = (0..40).map(|_| Client::connect(front.addr)).collect();
+    eventually("all are counted", || front.metric("sglangd_connections_total") == Some(16.0 + 2.0 + 40.0));
+    eventually("all are turned away", || turned_away(&front, "crowded") == 42);
     for client in &mut held {
         release.send(()).unwrap();
         assert_eq!(client.answer().status, 200, "a request was cut for a newcomer");

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::rc::Rc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use tokio::task::{spawn_local, yield_now};
@@ -30,6 +31,8 @@ pub async fn accept(worker: Rc<Worker>, listener: Accepting) {
                 pause = ACCEPT_PAUSE;
                 reserve.restore();
                 let worker = Rc::clone(&worker);
+                // Those that are turned away without a word, too.
+                worker.counters.connections_total.fetch_add(1, Relaxed);
                 let greeting = worker.greeting_of(&socket);
                 if greeting.is_none() {
                     let wire = Wire::plain(Rc::new(socket));
@@ -76,6 +79,7 @@ async fn turn_away(worker: &Rc<Worker>, listener: &Accepting, reserve: &mut Rese
     }
     // Another worker, or the engine's side, may have been quicker.
     let Ok(Ok((socket, address))) = timeout(ACCEPT_PAUSE, listener.accept()).await else { return Answered::No };
+    worker.counters.connections_total.fetch_add(1, Relaxed);
     let greeting = worker.greeting_of(&socket);
     let told = async {
         let arrived = if greeting.is_none() {

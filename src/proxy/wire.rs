@@ -93,6 +93,8 @@ enum Stay {
     Welcome,
     /// Its place is needed, unless it gets something to do in this very moment.
     LetGo,
+    /// It is one too many, stays only until it was told so, and is nobody's place.
+    Briefly,
 }
 
 impl fmt::Debug for Wire {
@@ -279,7 +281,9 @@ impl Wire {
     /// A request has come.
     pub fn work(&self) {
         self.idle.set(None);
-        self.stay.set(Stay::Welcome);
+        if self.stay.get() != Stay::Briefly {
+            self.stay.set(Stay::Welcome);
+        }
     }
 
     /// Since when it is idle, if it is and was not let go.
@@ -290,6 +294,11 @@ impl Wire {
     /// Its place is needed.
     pub fn let_go(&self) {
         self.stay.set(Stay::LetGo);
+    }
+
+    /// It is told something and goes: it never counts as idle, and nobody's place is made from it.
+    pub fn goes_anyway(&self) {
+        self.stay.set(Stay::Briefly);
     }
 
     /// Whether it is to end now.

@@ -222,7 +222,6 @@ impl Registered {
         worker.next.set(id + 1);
         worker.connections.borrow_mut().insert(id, (waker.clone(), Rc::clone(wire)));
         worker.counters.connections.fetch_add(1, Relaxed);
-        worker.counters.connections_total.fetch_add(1, Relaxed);
         Self { worker: Rc::clone(worker), id }
     }
 }
@@ -255,6 +254,8 @@ pub async fn converse(worker: Rc<Worker>, arrived: Arrived) {
         Standing::Welcome => speak(&worker, &arrived, standing).await,
         Standing::Turned(why) => {
             worker.shared.connections.turn_away(why, arrived.address);
+            // Else the room that others are asked to make for it would be its own: closed without a word.
+            arrived.wire.goes_anyway();
             if worker.turned.get() < TOO_MANY {
                 worker.turned.set(worker.turned.get() + 1);
                 let _ = timeout(ONE_TOO_MANY, Box::pin(speak(&worker, &arrived, standing))).await;

@@ -267,12 +267,8 @@ impl Oversight {
                 _ => {}
             }
         }
-        for action in &actions {
-            match action {
-                Action::Drain | Action::Hold => self.drain_asked = Some(self.proxy.reports.unwrap_or(0)),
-                Action::Terminate | Action::Kill => self.drain_asked = None,
-                _ => {}
-            }
+        if actions.iter().any(|action| matches!(action, Action::Drain | Action::Hold)) {
+            self.drain_asked = Some(self.proxy.reports.unwrap_or(0));
         }
         Decided { event: Some(event), orders: actions.into_iter().map(Wanted::Act).collect() }
     }
