@@ -9,12 +9,12 @@ use std::fs::{self, File};
 use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::statfs::{self, statfs};
+use rustix::fs::sendfile;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use serde::{Deserialize, Serialize};
 
@@ -123,6 +123,10 @@ pub fn shards(folder: &Path) -> io::Result<Vec<Shard>> {
 pub trait Source: FileExt {
     /// These bytes are wanted soon.
     fn soon(&self, _from: u64, _bytes: u64) {}
+    /// Has some of these bytes brought into memory without handing them over, and says how many; none: it cannot.
+    fn bring(&self, _from: u64, _most: usize) -> Option<io::Result<usize>> {
+        None
+    }
     /// Whether all places that are looked at lie in memory.
     fn in_memory(&self, _bytes: u64) -> bool {
         false
@@ -134,6 +138,17 @@ impl Source for File {
         let (Ok(from), Ok(bytes)) = (i64::try_from(from), i64::try_from(bytes)) else { return };
         // Advice: a file system that takes none is read all the same.
         let _ = posix_fadvise(self, from, bytes, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+    }
+
+    fn bring(&self, from: u64, most: usize) -> Option<io::Result<usize>> {
+        /// Where pages may be sent to without being copied.
+        static NOWHERE: LazyLock<Option<File>> = LazyLock::new(|| File::options().write(true).open("/dev/null").ok());
+        let mut from = from;
+        match sendfile(NOWHERE.as_ref()?, self, Some(&mut from), most) {
+            // Of a file system that has no pages to send.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::PERM) => None,
+            sent => Some(sent.map_err(io::Error::from)),
+        }
     }
 
     fn in_memory(&self, bytes: u64) -> bool {
@@ -244,11 +259,12 @@ fn pieces(shards: &[Shard]) -> Vec<Piece> {
 }
 
 /// A file that became shorter ends early; that is for the engine to find.
-fn read_piece(file: &impl FileExt, piece: &Piece, buffer: &mut [u8], done: &AtomicU64) -> io::Result<u64> {
+fn read_piece(file: &impl Source, piece: &Piece, buffer: &mut [u8], done: &AtomicU64) -> io::Result<u64> {
     let mut got = 0;
     while got < piece.bytes {
         let most = usize::try_from(piece.bytes - got).unwrap_or(STEP).min(buffer.len());
-        match file.read_at(&mut buffer[..most], piece.from + got) {
+        let at = piece.from + got;
+        match file.bring(at, most).unwrap_or_else(|| file.read_at(&mut buffer[..most], at)) {
             Ok(0) => break,
             Ok(n) => {
                 got += n as u64;
