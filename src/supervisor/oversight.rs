@@ -137,7 +137,7 @@ pub struct Decided {
 
 /// The supervisor's own loop turns each second. After a gap as long as this we were stopped (SIGSTOP, a debugger, a
 /// frozen cgroup, a machine that slept), and what seemed silent meanwhile may only not have been heard.
-pub const OVERSLEPT: Duration = Duration::from_secs(4);
+const OVERSLEPT: Duration = Duration::from_secs(4);
 /// Stop signals closer together than this are one: terminals, `timeout` and container runtimes signal a process and
 /// its group, and nobody presses Ctrl-C twice so fast.
 const ONE_WISH: Millis = 100;

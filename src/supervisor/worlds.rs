@@ -10,9 +10,12 @@ mod search;
 mod seeds;
 mod shadow;
 
+use std::time::Duration;
+
+use super::oversight::Patience;
 use super::step::*;
 
-const POLICY: Policy = Policy {
+pub const POLICY: Policy = Policy {
     restart: Terms { max_failures: 5, window: 600_000, backoff: 2_000, backoff_max: 60_000 },
     give_up: GiveUp::Serve,
     grace: 25_000,
@@ -20,7 +23,13 @@ const POLICY: Policy = Policy {
     start_limit: 10_800_000,
 };
 
-const CRASH: Failure = Failure { class: "crash", retry: Retry::Backoff, exit: 75 };
+pub const PATIENCE: Patience = Patience {
+    hang_after: Duration::from_mins(2),
+    probe_interval: Duration::from_secs(30),
+    start_stall: Duration::from_mins(10),
+};
+
+pub const CRASH: Failure = Failure { class: "crash", retry: Retry::Backoff, exit: 75 };
 const OOM: Failure = Failure { class: "gpu_oom", retry: Retry::Backoff, exit: 75 };
 const BAD_FLAG: Failure = Failure { class: "bad_config", retry: Retry::Never, exit: 65 };
 

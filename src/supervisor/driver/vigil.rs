@@ -59,15 +59,12 @@ impl Driver {
                 self.vigil.stopped.clone_from(&seen.stopped);
                 self.take(News::Beat(seen)).await;
                 self.remark();
+                return;
             }
-            State::Draining { .. } | State::Stopping { .. } | State::Reaping { .. } => {
-                self.systemd.progressed();
-                self.take(News::Beat(Seen::default())).await;
-            }
-            _ => {
-                self.take(News::Beat(Seen::default())).await;
-            }
+            State::Draining { .. } | State::Stopping { .. } | State::Reaping { .. } => self.systemd.progressed(),
+            _ => {}
         }
+        self.take(News::Beat(Seen::default())).await;
     }
 
     fn seen(&self) -> Seen {

@@ -1,18 +1,7 @@
 use super::*;
-use crate::supervisor::step::{CUT_BEFORE_END, GiveUp, Terms};
+use crate::supervisor::step::CUT_BEFORE_END;
+use crate::supervisor::worlds::{CRASH, PATIENCE, POLICY};
 
-const POLICY: Policy = Policy {
-    restart: Terms { max_failures: 5, window: 600_000, backoff: 2_000, backoff_max: 60_000 },
-    give_up: GiveUp::Serve,
-    grace: 25_000,
-    start_stall: 600_000,
-    start_limit: 10_800_000,
-};
-const PATIENCE: Patience = Patience {
-    hang_after: Duration::from_mins(2),
-    probe_interval: Duration::from_secs(30),
-    start_stall: Duration::from_mins(10),
-};
 const ONE: Proxy = Proxy { reports: Some(1), closed: false, waiting: 1, open: 1, last_byte: None };
 
 fn told(oversight: &mut Oversight, events: &[Event], now: Millis) {
@@ -184,16 +173,12 @@ fn a_start_that_somebody_stopped_is_suspected_and_not_ended() {
 fn what_is_known_of_one_engine_is_not_held_against_the_next() {
     let mut o = ready();
     o.take(News::Beat(Seen { stopped: Some(rank()), ..Seen::default() }), 1_000);
-    told(&mut o, &[Event::Exited, Event::Examined(crash()), Event::TreeEmpty, Event::Released { roll: 0 }], 2_000);
+    told(&mut o, &[Event::Exited, Event::Examined(CRASH), Event::TreeEmpty, Event::Released { roll: 0 }], 2_000);
     assert_eq!(beat(&mut o, 3_000), thinks(Opinion::Trusted, &[]), "what is being ended is suspected of nothing");
     assert_eq!(o.life(), Life::Served);
     o.take(News::Event(Event::Tick), 60_000);
     assert_eq!((o.state(), o.life()), (&State::Fetching, Life::Starts));
     assert_eq!(o.watch.evidence(61_000).stopped, None);
-}
-
-fn crash() -> crate::supervisor::step::Failure {
-    crate::supervisor::step::Failure { class: "crash", retry: crate::supervisor::step::Retry::Backoff, exit: 75 }
 }
 
 #[test]

@@ -11,17 +11,12 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::super::oversight::{Decided, News, Opinion, Oversight, Patience, Wanted};
+use super::super::oversight::{Decided, News, Opinion, Oversight, Wanted};
 use super::super::step::*;
 use super::node::{Engine, Happening, Proxy, Trouble};
 use super::shadow::Shadow;
-use super::{POLICY, name};
+use super::{PATIENCE, POLICY, name};
 
-pub const PATIENCE: Patience = Patience {
-    hang_after: Duration::from_mins(2),
-    probe_interval: Duration::from_secs(30),
-    start_stall: Duration::from_mins(10),
-};
 pub const SECOND: Millis = 1_000;
 pub const MINUTE: Millis = 60 * SECOND;
 /// From the beginning of a hang to its end: a probe must fall due, wait for as long as a hang may last, and
@@ -83,30 +78,9 @@ pub struct Told {
     pub proxies_died: u32,
 }
 
-impl Told {
-    fn add(&mut self, other: &Self) {
-        for (mine, theirs) in [
-            (&mut self.hung, other.hung),
-            (&mut self.rank_died, other.rank_died),
-            (&mut self.suspected, other.suspected),
-            (&mut self.batches, other.batches),
-            (&mut self.busy, other.busy),
-            (&mut self.launches, other.launches),
-            (&mut self.deaths, other.deaths),
-            (&mut self.stalled, other.stalled),
-            (&mut self.gave_up, other.gave_up),
-            (&mut self.occupied, other.occupied),
-            (&mut self.frozen, other.frozen),
-            (&mut self.drained, other.drained),
-            (&mut self.proxies_died, other.proxies_died),
-        ] {
-            *mine += theirs;
-        }
-    }
-}
-
 impl World {
-    fn new(seed: u64, kind: Kind) -> Self {
+    /// What comes of it is added to what came of others.
+    fn new(seed: u64, kind: Kind, told: Told) -> Self {
         let mut world = Self {
             rng: StdRng::seed_from_u64(seed),
             kind,
@@ -124,7 +98,7 @@ impl World {
             stop_asked: None,
             awake: 0,
             frozen_until: 0,
-            told: Told::default(),
+            told,
         };
         world.act(Action::Fetch);
         world.later(SECOND, Happening::Beat);
@@ -365,8 +339,8 @@ fn worlds(seeds: std::ops::Range<u64>) {
     let seeds = one.map_or(seeds, |seed: u64| seed..seed + 1);
     let mut all = Told::default();
     for seed in seeds.clone() {
-        match World::new(seed, LIVES).run() {
-            Ok(told) => all.add(&told),
+        match World::new(seed, LIVES, all).run() {
+            Ok(told) => all = told,
             Err(wrong) => panic!("{wrong}\nagain: SEED={seed} cargo nextest run --lib -E 'test(seeded_worlds_1)'"),
         }
     }
@@ -420,7 +394,7 @@ fn seeded_worlds_4() {
 #[test]
 fn g07_a_day_of_long_prefills_has_no_false_kill() {
     let kind = Kind { length: 24 * 60 * MINUTE, faults: Faults::None };
-    let told = World::new(7, kind).run().expect("nobody is killed");
+    let told = World::new(7, kind, Told::default()).run().expect("nobody is killed");
     println!("figure: 24 h of long prefills: {told:?}");
     assert_eq!((told.launches, told.suspected, told.hung, told.deaths), (1, 0, 0, 0));
     assert!(told.busy > 20 && told.batches > 5_000, "the day was an easy one: {told:?}");
