@@ -11,3 +11,4 @@ pub mod proc;
 pub mod receive;
 pub mod seccomp;
 pub mod spawn;
+pub mod tcp;

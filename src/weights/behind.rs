@@ -22,17 +22,22 @@ impl Partial {
         if state.done.prefix() > state.hashed
             && let Some(hasher) = state.hasher.take()
         {
+            let life = state.life;
             drop(state);
             let partial = self.clone();
-            tokio::task::spawn_blocking(move || partial.read_back(hasher));
+            tokio::task::spawn_blocking(move || partial.read_back(hasher, life));
         }
     }
 
-    fn read_back(&self, mut hasher: Hasher) {
+    fn read_back(&self, mut hasher: Hasher, life: u32) {
         let mut buffer = vec![0; STEP];
         loop {
             let (from, to) = {
                 let mut state = self.state();
+                if state.life != life {
+                    // The file began anew, with a hash of its own.
+                    break;
+                }
                 if state.done.prefix() <= state.hashed || state.trouble.is_some() {
                     state.hasher = Some(hasher);
                     break;
@@ -46,9 +51,14 @@ impl Partial {
                 Ok(n) => {
                     drop(state);
                     hasher.update(&buffer[..n]);
-                    self.state().hashed = from + n as u64;
+                    let mut state = self.state();
+                    if state.life == life {
+                        state.hashed = from + n as u64;
+                    }
                 }
-                Err(error) => state.trouble = Some(error),
+                Err(error) if state.life == life => state.trouble = Some(error),
+                // It was cut by the beginning of the other life.
+                Err(_) => {}
             }
         }
         self.moved.notify_waiters();
@@ -61,13 +71,15 @@ impl Partial {
         }
         state.push = Push::Running;
         state.unpushed = 0;
-        let pushed = state.journal.before_push();
+        let (pushed, life) = (state.journal.before_push(), state.life);
         drop(state);
         let partial = self.clone();
         tokio::task::spawn_blocking(move || {
             let outcome = partial.file.sync_data();
             let mut state = partial.state();
-            let noted = outcome.and_then(|()| state.journal.after_push(&pushed));
+            // The journal of another life knows nothing of these ranges.
+            let of_now = outcome.is_ok() && state.life == life;
+            let noted = if of_now { state.journal.after_push(&pushed) } else { outcome };
             state.push = Push::Idle;
             if let Err(error) = noted {
                 state.trouble = Some(error);

@@ -14,6 +14,7 @@ use reqwest::{Response, StatusCode, Url};
 use super::error::FetchError;
 use super::hops::{refuse_hop, without_query};
 use super::hub::{ByteStream, Fault, Hub};
+use super::near;
 use super::plan::RemoteFile;
 
 /// Where a file's bytes were found last. Several connections share it.
@@ -167,6 +168,7 @@ impl Hub {
             let etag = answer.headers().get(ETAG).filter(strong).cloned();
             found.set(Some(Place { url: answer.url().clone(), etag }));
         }
+        near::narrow(&answer);
         let hub = self.clone();
         Ok(Box::pin(answer.bytes_stream().map(move |chunk| chunk.map_err(|error| hub.transport(&error)))))
     }

@@ -32,6 +32,7 @@ mod left;
 mod local;
 mod lock;
 pub mod name;
+mod near;
 pub mod plan;
 mod prepare;
 pub mod progress;

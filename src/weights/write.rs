@@ -50,6 +50,8 @@ pub(super) struct State {
     pub hasher: Option<Hasher>,
     /// The hasher has seen the file up to here.
     pub hashed: u64,
+    /// How often all bytes were thrown away: who reads back for the hash may still be at those of before.
+    pub life: u32,
     pub unpushed: u64,
     pub push: Push,
     /// What went wrong off the writers' path.
@@ -86,6 +88,7 @@ impl Partial {
             done,
             hasher: Some(Hasher::new(&remote.hash, remote.size)),
             hashed: 0,
+            life: 0,
             unpushed: 0,
             push: Push::Idle,
             trouble: None,
@@ -162,6 +165,7 @@ impl Partial {
     /// Throws all bytes away. Nobody may be writing. Blocks.
     pub fn restart(&self) -> std::io::Result<()> {
         let mut state = self.state();
+        state.life += 1;
         self.file.set_len(0)?;
         state.done = Ranges::default();
         state.journal = Journal::begin(&self.paths.journal, self.size, &self.boot, &state.done)?;
@@ -357,5 +361,28 @@ mod tests {
         let blob = dir.path().join("blobs/x");
         assert_eq!(partial.finish(&blob).await.unwrap(), Finished::Right);
         assert!(std::fs::read(&blob).unwrap() == *content);
+    }
+
+    /// A hub that turns out not to serve ranges: what reads back and what pushes may still be at the file of before.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn h04_a_file_that_begins_anew_has_nothing_of_its_life_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let content: Vec<u8> = (0..(1u32 << 20)).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let mut hasher = Hasher::new(&Hash::Sha256(String::new()), 0);
+        hasher.update(&content);
+        let remote = RemoteFile { hash: Hash::Sha256(hasher.hex()), size: content.len() as u64, ..hello() };
+        let half = content.len() / 2;
+        for turn in 0..100 {
+            let partial = Partial::open(paths(dir.path()), &remote).unwrap();
+            // Out of order, so that it is read back in another thread.
+            put(&partial, half as u64, &content[half..]);
+            put(&partial, 0, &vec![0xee; half]);
+            if turn % 2 == 0 {
+                tokio::task::yield_now().await;
+            }
+            partial.restart().unwrap();
+            put(&partial, 0, &content);
+            assert_eq!(partial.finish(&dir.path().join("blobs/x")).await.unwrap(), Finished::Right, "turn {turn}");
+        }
     }
 }
