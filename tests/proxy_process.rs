@@ -73,6 +73,18 @@ fn the_data_plane_alone_drains_at_sigterm() {
     assert_eq!(process.0.wait().unwrap().code(), Some(0));
 }
 
+/// A table that grows under traffic holds up every stream of the worker that opens the next connection.
+#[test]
+fn the_table_of_descriptors_has_its_size_before_there_are_connections() {
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let (process, addr) = Process::alone(engine.addr, &[]);
+    assert_eq!(Client::ask(addr, post(CHAT, "{}")).status, 200);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.0.id())).unwrap();
+    let size = status.lines().find_map(|line| line.strip_prefix("FDSize:")).unwrap().trim().parse::<u64>().unwrap();
+    let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
+    assert!(size >= hard.min(65_536), "room for {size} descriptors of {hard}");
+}
+
 #[test]
 fn f07_the_data_plane_alone_takes_new_keys_and_limits_at_sighup_and_nothing_that_is_wrong() {
     let engine = Engine::answering(json("200 OK", "{}"));
