@@ -148,23 +148,31 @@ struct Out {
 
 #[derive(Debug, Default)]
 struct SizeLine {
-    text: [u8; 18],
+    text: [u8; SIZE_LINE],
+    /// Sixteen digits and the line end fit; what is used stands at the end.
     length: u8,
 }
 
+const SIZE_LINE: usize = 18;
+
 impl SizeLine {
+    /// By hand: one is written for each event.
     fn of(size: usize) -> Self {
-        let mut line = Self::default();
-        let mut room = &mut line.text[..];
-        // Sixteen digits and the line end fit.
-        let _ = write!(room, "{size:X}\r\n");
-        let left = room.len();
-        line.length = u8::try_from(line.text.len() - left).unwrap_or_default();
-        line
+        let mut text = [0; SIZE_LINE];
+        text[SIZE_LINE - 2..].copy_from_slice(CHUNK_END);
+        let (mut at, mut left) = (SIZE_LINE - 2, size);
+        loop {
+            at -= 1;
+            text[at] = b"0123456789ABCDEF"[left % 16];
+            left /= 16;
+            if left == 0 {
+                return Self { text, length: (SIZE_LINE - at) as u8 };
+            }
+        }
     }
 
     fn bytes(&self) -> &[u8] {
-        &self.text[..usize::from(self.length)]
+        &self.text[SIZE_LINE - usize::from(self.length)..]
     }
 }
 
@@ -223,7 +231,9 @@ mod tests {
 
     #[test]
     fn a_chunks_size_is_written_as_http_wants_it() {
-        for (size, line) in [(1, "1\r\n"), (255, "FF\r\n"), (usize::MAX, "FFFFFFFFFFFFFFFF\r\n")] {
+        for (size, line) in
+            [(0, "0\r\n"), (1, "1\r\n"), (16, "10\r\n"), (255, "FF\r\n"), (usize::MAX, "FFFFFFFFFFFFFFFF\r\n")]
+        {
             assert_eq!(SizeLine::of(size).bytes(), line.as_bytes());
         }
     }

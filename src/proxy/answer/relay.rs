@@ -157,15 +157,17 @@ impl Relay {
         if self.course != Course::Open {
             return Poll::Ready(Next::End);
         }
-        if self.call.line().poll_left(cx).is_ready() {
-            self.give_up();
-            self.call.worker().counters.client_aborts.fetch_add(1, Relaxed);
-            return Poll::Ready(Next::Left);
+        if let Some(reason) = self.call.worker().cut() {
+            return Poll::Ready(self.break_off(Interrupted::Cut(reason)));
         }
-        match self.call.worker().cut() {
-            Some(reason) => Poll::Ready(self.break_off(Interrupted::Cut(reason))),
-            None => self.poll_data(cx),
+        // Whether the client has left is asked where there is nothing to give it: a write tells as well.
+        if let Poll::Ready(next) = self.poll_data(cx) {
+            return Poll::Ready(next);
         }
+        ready!(self.call.line().poll_left(cx));
+        self.give_up();
+        self.call.worker().counters.client_aborts.fetch_add(1, Relaxed);
+        Poll::Ready(Next::Left)
     }
 
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
