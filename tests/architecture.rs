@@ -16,7 +16,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("node", &["sys"]),
     ("config", &["link"]),
     ("engine", &["config"]),
-    ("weights", &["config"]),
+    ("weights", &["config", "sys"]),
     ("launch", &["sys", "engine"]),
     ("proxy", &["link", "admission", "keys", "sys"]),
     ("simulate", &["config", "engine", "observe", "weights"]),

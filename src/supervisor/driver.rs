@@ -137,7 +137,7 @@ pub struct Driver {
     current: Current,
     /// Imports ahead of the engine while weights are fetched.
     warming: Beside,
-    /// Reads shards ahead of the engine while it imports.
+    /// Reads shards ahead of the engine while its ranks start.
     reading: Option<Reading>,
     read_ahead: Option<ReadAhead>,
     ahead: mpsc::Sender<Ahead>,

@@ -69,7 +69,7 @@ impl Memory {
 }
 
 /// From cold disks imports take up to a minute and a half (measured on two busy cores).
-const LONGEST_IMPORT: Duration = Duration::from_mins(2);
+pub const LONGEST_IMPORT: Duration = Duration::from_mins(2);
 
 /// Whether something that was said is progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -29,6 +29,7 @@ pub fn share_heaps() {
 /// Once now, and once more when the threads that were started have begun to wait.
 pub fn let_go_of_start() {
     let_go();
+    #[allow(clippy::disallowed_methods)] // a thread of its own, for this alone
     let again = || {
         std::thread::sleep(SETTLED);
         let_go();

@@ -436,9 +436,8 @@ def step_load(world):
                     ("load alone", 1, 128, 5 * world.args.rounds)])
 
 
-def step_throughput(world):
-    """3: tokens a second, on a model so large that the GPU and not the engine's Python bounds them: a tiny one's
-    rounds differ by a quarter among themselves. Its weights are the engine's own random ones."""
+def heavy_model(world):
+    """A model of the tiny one's kind whose weights the GPU has to work for; they are not written."""
     heavy, tiny = world.home / "heavy", Path(world.args.model)
     heavy.mkdir(exist_ok=True)
     for file in tiny.iterdir():
@@ -451,6 +450,71 @@ def step_throughput(world):
     for follows in ("layer_types", "head_dim"):
         config.pop(follows, None)
     (heavy / "config.json").write_text(json.dumps(config))
+    return heavy
+
+
+WRITE_WEIGHTS = """
+import sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+torch.set_default_dtype(torch.bfloat16)
+with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]))
+model.save_pretrained(sys.argv[1], max_shard_size="4GB")
+"""
+
+
+def drop_caches(shards):
+    """The page cache has nothing of the shards, and where root may say so nothing of anything."""
+    os.sync()
+    for shard in shards:
+        with open(shard, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        return "all"
+    except OSError:
+        return "the shards alone"
+
+
+def step_cold(world):
+    """From `serve` to ready with a cold page cache, with and without reading ahead, on a model that takes its time."""
+    if world.daemon and world.daemon.poll() is None:
+        world.check_gone("cold", world.stop())
+    heavy = heavy_model(world)
+    begun = now()
+    env = dict(os.environ, PYTHONPATH="/tmp/engine")
+    subprocess.run([sys.executable, "-c", WRITE_WEIGHTS, str(heavy)], env=env, check=True, timeout=300)
+    shards = sorted(heavy.glob("*.safetensors"))
+    size = sum(shard.stat().st_size for shard in shards)
+    world.say("cold", shards=len(shards), gb=round(size / 1e9, 1), written_s=round(now() - begun, 1))
+    for prefetch in ("auto", "never", "never", "auto"):
+        dropped = drop_caches(shards)
+        log = world.out / "sglangd.log"
+        before = log.stat().st_size if log.exists() else 0
+        since = world.serve("--set", f"model.path={heavy}", "--set", f"weights.prefetch={prefetch}")
+        phases = {}
+
+        def watch(status):
+            word = re.sub(r"[\d/%. ]+$", "", status.get("phase") or status.get("state") or "")
+            phases.setdefault(word, round(now() - since, 1))
+
+        world.ready(watch=watch)
+        ready = round(now() - since, 1)
+        with open(log, "rb") as file:
+            file.seek(before)
+            said = file.read().decode(errors="replace")
+        world.say("cold", prefetch=prefetch, dropped=dropped, ready_s=ready, phases_begin_s=phases,
+                  loading_s=re.findall(r"Load weight end.*?elapsed=([\d.]+)", said),
+                  ahead=[line[-160:] for line in said.splitlines() if "ahead" in line][-2:])
+        world.check_gone("cold", world.stop())
+    for shard in shards:
+        shard.unlink()
+
+
+def step_throughput(world):
+    """3: tokens a second, on a model so large that the GPU and not the engine's Python bounds them: a tiny one's
+    rounds differ by a quarter among themselves. Its weights are the engine's own random ones."""
+    heavy, hidden = heavy_model(world), world.args.heavy_hidden
     if world.daemon and world.daemon.poll() is None:
         world.check_gone("throughput", world.stop())
     since = world.serve("--set", f"model.path={heavy}", "--set", "engine.flags.load-format=dummy")

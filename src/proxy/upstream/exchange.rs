@@ -22,7 +22,7 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::head::{self, BadHead, Head, Reuse};
 use super::sending::{Fault as SendFault, send};
-use super::{Connection, History, Pool, Repeat, Spare, connect};
+use super::{Connection, History, Pool, Repeat, connect};
 use crate::proxy::call::Call;
 use crate::proxy::headers::BodyFraming;
 use crate::proxy::line::{Lost, Upload};
@@ -309,7 +309,7 @@ pub enum Upgrade {
 
 /// Says the request and waits for the answer's head, however long the engine thinks.
 pub async fn exchange(
-    pool: &Rc<Pool>,
+    pool: &Pool,
     counters: &Counters,
     engine: SocketAddr,
     (method, upgrade): (&Method, Upgrade),
@@ -323,11 +323,7 @@ pub async fn exchange(
             connection
         } else {
             counters.upstream_connects.fetch_add(1, Relaxed);
-            let connection = connect(engine).await.map_err(Failure::Unreachable)?;
-            if pool.open_spare(engine) == Spare::Opens {
-                counters.upstream_connects.fetch_add(1, Relaxed);
-            }
-            connection
+            connect(engine).await.map_err(Failure::Unreachable)?
         };
         match attempt(stream, history, (method, upgrade), head, body).await {
             Ok(answered) => return Ok(answered),

@@ -9,7 +9,7 @@ pub mod exchange;
 pub mod head;
 mod sending;
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::future::{Future as _, poll_fn};
 use std::io;
 use std::mem::MaybeUninit;
@@ -68,14 +68,6 @@ pub enum Repeat {
 pub struct Pool {
     idle: RefCell<Vec<Idle>>,
     sweeper: RefCell<Sweeper>,
-    opening: Cell<Spare>,
-}
-
-/// Whether a connection is being opened that no request has asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Spare {
-    None,
-    Opens,
 }
 
 /// The task that lets connections go.
@@ -88,7 +80,7 @@ enum Sweeper {
 
 impl Default for Pool {
     fn default() -> Self {
-        Self { idle: RefCell::default(), sweeper: RefCell::new(Sweeper::None), opening: Cell::new(Spare::None) }
+        Self { idle: RefCell::default(), sweeper: RefCell::new(Sweeper::None) }
     }
 }
 
@@ -113,24 +105,6 @@ impl Pool {
                 return Some(Connection { stream, history: History::Reused });
             }
         }
-    }
-
-    /// Opens one more connection, where none is idle: the next request need not wait for its own, as those of a batch
-    /// that begins would one after the other. One at a time, and it goes like any other that is idle.
-    pub fn open_spare(self: &Rc<Self>, engine: SocketAddr) -> Spare {
-        if self.opening.get() == Spare::Opens || !self.idle.borrow().is_empty() {
-            return Spare::None;
-        }
-        self.opening.set(Spare::Opens);
-        let pool = Rc::clone(self);
-        tokio::task::spawn_local(async move {
-            let opened = connect(engine).await;
-            pool.opening.set(Spare::None);
-            if let Ok(Connection { stream, .. }) = opened {
-                pool.keep(stream, engine);
-            }
-        });
-        Spare::Opens
     }
 
     /// Keeps a connection whose answer was read to its end.

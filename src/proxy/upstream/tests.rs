@@ -119,28 +119,3 @@ async fn an_engine_that_is_not_there_is_said_to_be_unreachable() {
     let error = connect(address).await.expect_err("nobody listens");
     assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
 }
-
-#[tokio::test(start_paused = true)]
-async fn a_spare_connection_is_opened_where_none_is_idle_and_one_at_a_time() {
-    with_pool(async |engine, pool| {
-        assert_eq!(pool.open_spare(engine.address), Spare::Opens);
-        assert_eq!(pool.open_spare(engine.address), Spare::None, "one is on its way");
-        settle(&pool, 1).await;
-        assert_eq!(pool.open_spare(engine.address), Spare::None, "one is there");
-        assert!(pool.take(engine.address, Repeat::No).is_some(), "it is young: good for any request");
-        // It goes like any other.
-        assert_eq!(pool.open_spare(engine.address), Spare::Opens);
-        settle(&pool, 1).await;
-        advance(IDLE).await;
-        settle(&pool, 0).await;
-        let Silent { listener, address } = engine;
-        drop(listener);
-        assert_eq!(pool.open_spare(address), Spare::Opens);
-        for _ in 0..10_000 {
-            yield_now().await;
-        }
-        assert_eq!(pool.idle.borrow().len(), 0, "nobody is there");
-        assert_eq!(pool.open_spare(address), Spare::Opens, "it is tried again");
-    })
-    .await;
-}

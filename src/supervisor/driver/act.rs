@@ -172,7 +172,7 @@ impl Driver {
         }
     }
 
-    /// While the engine imports, the disk has nothing to do.
+    /// Once the engine has imported, the disk has nothing to do until its ranks load.
     fn read_ahead(&mut self) {
         let config = self.config();
         let Some(acquired) = &self.acquired else { return };
@@ -184,7 +184,7 @@ impl Driver {
             prefetch: config.weights.prefetch,
             env: super::tell::proxy_env(&self.means.own_env, config),
         };
-        self.reading = Some(Reading::start(order, self.spawner.clone(), self.ahead.clone()));
+        self.reading = Some(Reading::of(order, self.spawner.clone(), self.ahead.clone()));
     }
 
     /// The engine has its weights, or is gone.

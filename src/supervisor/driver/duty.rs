@@ -143,8 +143,10 @@ impl Driver {
         if self.loading.heard(&said) == Heard::Further {
             self.systemd.progressed();
             self.on(Event::Progressed).await;
-            if self.loading.reached() >= Reached::Loaded {
-                self.stop_reading_ahead();
+            match self.loading.reached() {
+                Reached::Nothing => {}
+                Reached::Ranks | Reached::Loading => self.reading.iter_mut().for_each(Reading::begin),
+                Reached::Loaded | Reached::Listening | Reached::Ready => self.stop_reading_ahead(),
             }
         }
     }
