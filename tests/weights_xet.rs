@@ -45,6 +45,30 @@ async fn h09_a_xet_file_that_is_killed_half_way_goes_on_where_it_was() {
     assert!(there.carried() <= most, "{} KiB came again", (there.carried() + kept).saturating_sub(24 * MIB) >> 10);
 }
 
+/// The library's buffers take a share of the machine's memory unless they are told how much: `weights.xet_memory`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_memory_of_xet_keeps_to_its_setting() {
+    let there = XetSite::with(192 * MIB).await;
+    let mut command = there.site.command();
+    let mut child = command.args(["--set", "weights.xet_memory=128MiB"]).spawn().unwrap();
+    let (mut peak, status) = (0, format!("/proc/{}/status", child.id()));
+    let ended = loop {
+        // Its high-water mark, as long as it is there.
+        let now = std::fs::read_to_string(&status).unwrap_or_default();
+        let mark = now.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+        peak = mark.unwrap_or(peak);
+        if let Some(ended) = child.try_wait().unwrap() {
+            break ended;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert!(ended.success());
+    assert!(there.carried() >= 192 * MIB, "it came another way");
+    println!("192 MiB by xet with 128 MiB of buffers: {} MiB at most", peak >> 10);
+    // Twice its buffers, what it unpacks and the program: measured as 224 MiB.
+    assert!(peak >> 10 <= 128 + 192, "{} MiB", peak >> 10);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h06_a_store_that_breaks_off_is_asked_again_and_the_file_is_right() {
     let there = XetSite::with(6 * MIB).await;
