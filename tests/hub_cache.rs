@@ -6,14 +6,13 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
 
 use serde_json::Value;
 use sglangd::simulate::hub::{COMMIT, Options};
 use sglangd::simulate::model::{ModelFile, Storage};
 
 use crate::harness::daemon::SGLANGD;
-use crate::harness::hub::{REPO, Site, eventually, small_model};
+use crate::harness::hub::{REPO, Site, eventually, peak, small_model};
 use crate::real_engine::prepared;
 
 fn client(script: &str) -> Command {
@@ -223,27 +222,6 @@ async fn h10_a_cache_on_a_read_only_mount_serves_when_complete_and_names_what_is
         "{}",
         said(&incomplete)
     );
-}
-
-/// Runs it and returns the most memory it ever had, in MiB.
-fn peak(command: &mut Command) -> (Output, u64) {
-    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let status = format!("/proc/{}/status", child.id());
-    let watch = std::thread::spawn(move || {
-        let mut most = 0;
-        while let Ok(text) = fs::read_to_string(&status) {
-            let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-            let Some(kib) = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()) else {
-                break;
-            };
-            most = most.max(kib);
-            #[allow(clippy::disallowed_methods)] // a thread of its own, which only looks
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        most >> 10
-    });
-    let output = child.wait_with_output().unwrap();
-    (output, watch.join().unwrap())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

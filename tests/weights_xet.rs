@@ -7,7 +7,7 @@ use sglangd::simulate::hub::{Route, What, Which};
 use sglangd::weights::Settings;
 use tokio::time::timeout;
 
-use crate::harness::hub::{eventually, fetch_with};
+use crate::harness::hub::{eventually, fetch_with, peak};
 use crate::harness::xet::XetSite;
 
 const MIB: u64 = 1 << 20;
@@ -49,24 +49,12 @@ async fn h09_a_xet_file_that_is_killed_half_way_goes_on_where_it_was() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_memory_of_xet_keeps_to_its_setting() {
     let there = XetSite::with(192 * MIB).await;
-    let mut command = there.site.command();
-    let mut child = command.args(["--set", "weights.xet_memory=128MiB"]).spawn().unwrap();
-    let (mut peak, status) = (0, format!("/proc/{}/status", child.id()));
-    let ended = loop {
-        // Its high-water mark, as long as it is there.
-        let now = std::fs::read_to_string(&status).unwrap_or_default();
-        let mark = now.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
-        peak = mark.unwrap_or(peak);
-        if let Some(ended) = child.try_wait().unwrap() {
-            break ended;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    };
-    assert!(ended.success());
+    let (fetch, peak) = peak(there.site.command().args(["--set", "weights.xet_memory=128MiB"]));
+    assert!(fetch.status.success());
     assert!(there.carried() >= 192 * MIB, "it came another way");
-    println!("192 MiB by xet with 128 MiB of buffers: {} MiB at most", peak >> 10);
+    println!("192 MiB by xet with 128 MiB of buffers: {peak} MiB at most");
     // Twice its buffers, what it unpacks and the program: measured as 224 MiB.
-    assert!(peak >> 10 <= 128 + 192, "{} MiB", peak >> 10);
+    assert!(peak <= 128 + 192, "{peak} MiB");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

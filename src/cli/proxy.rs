@@ -121,7 +121,7 @@ pub fn run(args: ProxyArgs) -> Exit {
 }
 
 /// Descriptors for which there is room at once. The kernel's table doubles as it fills, and in a process with threads each
-/// doubling waits for all processors (`expand_fdtable`: `synchronize_rcu`): at the 64th, 128th, 256th … connection all
+/// doubling waits for all processors (`expand_fdtable`: `synchronize_rcu`): at the 64th, 128th, 256th … descriptor all
 /// streams of a worker stood still for 8 to 38 ms, measured. 8 bytes of kernel memory each.
 const TABLE: u64 = 65_536;
 

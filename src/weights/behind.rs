@@ -33,11 +33,8 @@ impl Partial {
         let mut buffer = vec![0; STEP];
         loop {
             let (from, to) = {
-                let mut state = self.state();
-                if state.life != life {
-                    // The file began anew, with a hash of its own.
-                    break;
-                }
+                // A file that begins anew has a hash of its own.
+                let Some(mut state) = self.state_in(life) else { break };
                 if state.done.prefix() <= state.hashed || state.trouble.is_some() {
                     state.hasher = Some(hasher);
                     break;
@@ -45,20 +42,11 @@ impl Partial {
                 (state.hashed, state.done.prefix())
             };
             let step = usize::try_from(to - from).unwrap_or(STEP).min(STEP);
-            let read = read_at(&self.file, &mut buffer[..step], from);
-            let mut state = self.state();
+            let read = read_at(&self.file, &mut buffer[..step], from).inspect(|&n| hasher.update(&buffer[..n]));
+            let Some(mut state) = self.state_in(life) else { break };
             match read {
-                Ok(n) => {
-                    drop(state);
-                    hasher.update(&buffer[..n]);
-                    let mut state = self.state();
-                    if state.life == life {
-                        state.hashed = from + n as u64;
-                    }
-                }
-                Err(error) if state.life == life => state.trouble = Some(error),
-                // It was cut by the beginning of the other life.
-                Err(_) => {}
+                Ok(n) => state.hashed = from + n as u64,
+                Err(error) => state.trouble = Some(error),
             }
         }
         self.moved.notify_waiters();
@@ -77,9 +65,11 @@ impl Partial {
         tokio::task::spawn_blocking(move || {
             let outcome = partial.file.sync_data();
             let mut state = partial.state();
-            // The journal of another life knows nothing of these ranges.
-            let of_now = outcome.is_ok() && state.life == life;
-            let noted = if of_now { state.journal.after_push(&pushed) } else { outcome };
+            let noted = match outcome {
+                Ok(()) if state.life == life => state.journal.after_push(&pushed),
+                // The journal of another life knows nothing of these ranges.
+                outcome => outcome,
+            };
             state.push = Push::Idle;
             if let Err(error) = noted {
                 state.trouble = Some(error);

@@ -17,6 +17,10 @@ const BUFFER: usize = 192 * 1024;
 
 /// Gives the connection of this answer a small buffer, where the other side is near. Where that cannot be, all stays as it is.
 pub fn narrow(answer: &Response) {
+    // To look for the socket is not worth it for a body that fits anyway: a repository may have a hundred thousand.
+    if answer.content_length().is_some_and(|length| length <= BUFFER as u64) {
+        return;
+    }
     let Some(ends) = answer.extensions().get::<HttpInfo>() else { return };
     let Some(connection) = tcp::connection(ends.local_addr(), ends.remote_addr()) else { return };
     if tcp::round_trip(&connection).is_ok_and(|round_trip| round_trip <= NEAR) {

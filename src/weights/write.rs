@@ -50,7 +50,7 @@ pub(super) struct State {
     pub hasher: Option<Hasher>,
     /// The hasher has seen the file up to here.
     pub hashed: u64,
-    /// How often all bytes were thrown away: who reads back for the hash may still be at those of before.
+    /// How often all bytes were thrown away: who reads them back or pushes them may still be at those of before.
     pub life: u32,
     pub unpushed: u64,
     pub push: Push,
@@ -108,6 +108,11 @@ impl Partial {
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         // Ranges and counters stay true whatever thread died holding them.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state, if the file has not begun anew since it was in `life`.
+    pub(super) fn state_in(&self, life: u32) -> Option<MutexGuard<'_, State>> {
+        Some(self.state()).filter(|state| state.life == life)
     }
 
     /// Bytes there.
@@ -253,6 +258,15 @@ mod tests {
         }
     }
 
+    /// A file of so many bytes, and what a hub says of it.
+    fn noise(bytes: u32) -> (Vec<u8>, RemoteFile) {
+        let content: Vec<u8> = (0..bytes).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let mut hasher = Hasher::new(&Hash::Sha256(String::new()), 0);
+        hasher.update(&content);
+        let remote = RemoteFile { hash: Hash::Sha256(hasher.hex()), size: bytes.into(), ..hello() };
+        (content, remote)
+    }
+
     fn paths(dir: &Path) -> Paths {
         Paths {
             data: dir.join("blobs/x.sglangd.incomplete"),
@@ -335,11 +349,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn many_writers_out_of_order_make_the_right_file() {
         let dir = tempfile::tempdir().unwrap();
-        let content: Vec<u8> = (0..(8u32 << 20)).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-        let hash = Hash::Sha256(String::new());
-        let mut hasher = Hasher::new(&hash, 0);
-        hasher.update(&content);
-        let remote = RemoteFile { hash: Hash::Sha256(hasher.hex()), size: content.len() as u64, ..hello() };
+        let (content, remote) = noise(8 << 20);
         let partial = Partial::open(paths(dir.path()), &remote).unwrap();
         let content = Arc::new(content);
         let mut writers = tokio::task::JoinSet::new();
@@ -367,10 +377,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn h04_a_file_that_begins_anew_has_nothing_of_its_life_before() {
         let dir = tempfile::tempdir().unwrap();
-        let content: Vec<u8> = (0..(1u32 << 20)).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-        let mut hasher = Hasher::new(&Hash::Sha256(String::new()), 0);
-        hasher.update(&content);
-        let remote = RemoteFile { hash: Hash::Sha256(hasher.hex()), size: content.len() as u64, ..hello() };
+        let (content, remote) = noise(1 << 20);
         let half = content.len() / 2;
         for turn in 0..100 {
             let partial = Partial::open(paths(dir.path()), &remote).unwrap();

@@ -3,7 +3,7 @@
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use sglangd::config::Download;
@@ -158,6 +158,27 @@ impl Site {
         let Ok(entries) = std::fs::read_dir(self.blobs()) else { return 0 };
         entries.filter_map(|entry| Some(entry.ok()?.metadata().ok()?.len())).sum()
     }
+}
+
+/// Runs it and returns the most memory it ever had, in MiB.
+pub fn peak(command: &mut Command) -> (Output, u64) {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let watch = std::thread::spawn(move || {
+        let mut most = 0;
+        while let Ok(text) = std::fs::read_to_string(&status) {
+            let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            let Some(kib) = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()) else {
+                break;
+            };
+            most = most.max(kib);
+            #[allow(clippy::disallowed_methods)] // a thread of its own, which only looks
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        most >> 10
+    });
+    let output = child.wait_with_output().unwrap();
+    (output, watch.join().unwrap())
 }
 
 pub async fn fetch_with(request: &Request, settings: &Settings) -> Result<Vec<Snapshot>, FetchError> {
