@@ -151,7 +151,15 @@ pub fn run(args: FetchArgs) -> Exit {
                 let space = Space::look(&planned, &settings)?;
                 return Ok(Ended::Planned(planned, space));
             }
-            weights::fetch(&request, &settings, &mut |progress| show.progress(progress)).await.map(Ended::Fetched)
+            let mut report = |progress: Progress| {
+                // Gigabytes are to come: what planning them needed is let go of.
+                if matches!(progress, Progress::Plan { bytes_total, bytes_present, .. } if bytes_present < bytes_total)
+                {
+                    crate::sys::memory::let_go_of_start();
+                }
+                show.progress(progress);
+            };
+            weights::fetch(&request, &settings, &mut report).await.map(Ended::Fetched)
         };
         tokio::select! {
             ended = work => ended.unwrap_or_else(Ended::Failed),

@@ -10,5 +10,6 @@ pub mod priority;
 pub mod proc;
 pub mod receive;
 pub mod seccomp;
+pub mod sha256;
 pub mod spawn;
 pub mod tcp;

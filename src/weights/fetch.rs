@@ -12,6 +12,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use super::Request;
 use super::board::{Board, Slot};
 use super::cache::{Access, RepoCache};
+use super::drivers::Drivers;
 use super::error::{FetchError, bytes};
 use super::plan::{Action, FetchPlan, RemoteFile};
 use super::prepare::{PlannedRepo, prepare};
@@ -72,6 +73,7 @@ async fn run(
     let board = Arc::new(Board::new(notes, planned.iter().map(|p| &p.plan)));
     let places = Arc::new(Semaphore::new(settings.connections.max(1)));
     let rate = Arc::new(Rate::new(settings.max_rate));
+    let drivers = Arc::new(Drivers::start(settings.connections));
     let shared: Vec<Option<Arc<Repo>>> = planned
         .iter()
         .map(|repo| {
@@ -86,6 +88,7 @@ async fn run(
                 board: board.clone(),
                 rate: rate.clone(),
                 places: places.clone(),
+                drivers: drivers.clone(),
             }))
         })
         .collect();

@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::board::Slot;
 use super::content::{Ask, Found};
+use super::drivers::Steps;
 use super::error::FetchError;
 use super::hub::{ByteStream, Fault, Scope};
 use super::plan::{RemoteFile, Transport};
@@ -74,7 +75,7 @@ impl Work {
     }
 
     /// One connection: piece after piece, until none is left.
-    pub async fn lane(self: Arc<Self>, _place: OwnedSemaphorePermit) -> Result<(), FetchError> {
+    pub async fn lane(self: Arc<Self>, _place: OwnedSemaphorePermit, steps: Arc<Steps>) -> Result<(), FetchError> {
         let path = self.repo.cache.growing(&self.file.hash).data;
         let disk = |source| FetchError::disk(&path, &self.file.name, source);
         let mut attempts = Attempts { fruitless: 0, made: 0, scope: Scope::Stream };
@@ -96,7 +97,7 @@ impl Work {
                 attempts.made += 1;
                 let way = self.way();
                 let fault = match self.open(way, writer.at()..piece.end).await {
-                    Ok(stream) => self.pump(way, &mut writer, piece.end, stream).await.map_err(disk)?.err(),
+                    Ok(stream) => self.pump(way, &mut writer, piece.end, stream, &steps).await.map_err(disk)?.err(),
                     Err(fault) => Some(fault),
                 };
                 // A whole file asked for again gains only what the earlier attempts did not have.
@@ -149,8 +150,9 @@ impl Work {
         writer: &mut Writer,
         end: u64,
         stream: ByteStream,
+        steps: &Steps,
     ) -> std::io::Result<Result<(), Fault>> {
-        let received = self.receive(way, writer, end, stream).await?;
+        let received = self.receive(way, writer, end, stream, steps).await?;
         writer.flush()?;
         Ok(received)
     }
@@ -161,6 +163,7 @@ impl Work {
         writer: &mut Writer,
         end: u64,
         mut stream: ByteStream,
+        steps: &Steps,
     ) -> std::io::Result<Result<(), Fault>> {
         let stall = match way {
             Way::Http => self.repo.settings.patience.stall,
@@ -187,7 +190,7 @@ impl Work {
                     continue;
                 }
             };
-            let chunk = match next {
+            let mut chunk = match next {
                 Some(Ok(chunk)) => chunk,
                 Some(Err(fault)) => return Ok(Err(fault)),
                 None if left > 0 => return Ok(Err(Fault::again(format!("the body ended {left} bytes early")))),
@@ -196,9 +199,12 @@ impl Work {
             if chunk.len() as u64 > left {
                 return Ok(Err(Fault::again("more bytes than the file has")));
             }
-            self.repo.rate.take(chunk.len() as u64).await;
-            writer.take(&chunk)?;
-            self.slot.add(chunk.len() as u64);
+            let length = chunk.len() as u64;
+            self.repo.rate.take(length).await;
+            while let Some(step) = writer.next(&mut chunk) {
+                steps.put(step).await?;
+            }
+            self.slot.add(length);
             last = Instant::now();
         }
     }

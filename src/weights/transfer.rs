@@ -12,13 +12,14 @@ use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use rand::Rng;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::JoinSet;
 
 use super::board::{Board, Slot};
 use super::cache::RepoCache;
 use super::content::{Ask, Found};
+use super::drivers::Drivers;
 use super::error::FetchError;
 use super::hub::Hub;
 use super::lane::Work;
@@ -51,6 +52,7 @@ pub struct Repo {
     pub rate: Arc<Rate>,
     /// One for each connection.
     pub places: Arc<Semaphore>,
+    pub drivers: Arc<Drivers>,
 }
 
 impl Repo {
@@ -164,21 +166,21 @@ impl Repo {
             found: found.clone(),
             ignored: AtomicU32::new(0),
         });
-        let mut lanes = JoinSet::new();
-        lanes.spawn(work.clone().lane(first));
+        let lane = |place| self.drivers.drive(|steps| work.clone().lane(place, steps));
+        let mut lanes = FuturesUnordered::from_iter([lane(first)]);
         loop {
             tokio::select! {
-                ended = lanes.join_next() => match ended {
+                ended = lanes.next() => match ended {
                     None => break,
                     Some(Ok(outcome)) => outcome?,
                     // Dropping the others stops them where they are; what they wrote counts.
-                    Some(Err(join)) => {
+                    Some(Err(gone)) => {
                         let path = self.cache.blob(&file.hash);
-                        return Err(FetchError::Disk { path, source: std::io::Error::other(join) });
+                        return Err(FetchError::Disk { path, source: std::io::Error::other(gone) });
                     }
                 },
                 another = self.spare_place(), if work.has_more() => {
-                    lanes.spawn(work.clone().lane(another));
+                    lanes.push(lane(another));
                 }
             }
         }

@@ -5,10 +5,10 @@ use std::io::{ErrorKind, Read};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use sha1::Sha1;
-use sha2::{Digest, Sha256};
+use sha1::{Digest as _, Sha1};
 
 use super::plan::Hash;
+use super::sha256::Sha256;
 
 /// Large enough that a disk is read at its speed, small enough that eight of them are nothing.
 const STEP: usize = 1 << 20;
@@ -27,7 +27,7 @@ pub enum Hasher {
 impl Hasher {
     pub fn new(hash: &Hash, size: u64) -> Self {
         match hash {
-            Hash::Sha256(_) => Self::Sha256(Sha256::new()),
+            Hash::Sha256(_) => Self::Sha256(Sha256::default()),
             Hash::GitBlob(_) => {
                 let mut sha1 = Sha1::new();
                 sha1.update(format!("blob {size}\0"));
@@ -45,10 +45,21 @@ impl Hasher {
         }
     }
 
+    /// Feeds both, in less time than one after the other where their kind allows.
+    pub fn update_both([a, b]: [&mut Self; 2], [bytes_a, bytes_b]: [&[u8]; 2]) {
+        match (a, b) {
+            (Self::Sha256(a), Self::Sha256(b)) => Sha256::update_both([a, b], [bytes_a, bytes_b]),
+            (a, b) => {
+                a.update(bytes_a);
+                b.update(bytes_b);
+            }
+        }
+    }
+
     /// Lower-case hex; empty for the unknown.
     pub fn hex(self) -> String {
         match self {
-            Self::Sha256(hasher) => hex(&hasher.finalize()),
+            Self::Sha256(hasher) => hex(&hasher.finish()),
             Self::GitBlob(hasher) => hex(&hasher.finalize()),
             Self::Unknown => String::new(),
         }

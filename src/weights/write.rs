@@ -134,25 +134,33 @@ impl Partial {
         Ok(Writer::new(self.clone(), range, from))
     }
 
-    /// Puts these bytes to their place, which belongs to `range`; where the hash stands there, it takes them in. Blocks
-    /// as the disk does.
-    pub(super) fn put(self: &Arc<Self>, range: usize, from: u64, bytes: &[u8]) -> std::io::Result<()> {
+    /// Puts these bytes to their place. Where the hash stands there, it is handed out: to be fed with them and brought back to
+    /// `written`. Blocks as the disk does.
+    pub(super) fn write(&self, from: u64, bytes: &[u8]) -> std::io::Result<Option<Hasher>> {
         self.file.write_all_at(bytes, from)?;
-        let to = from + bytes.len() as u64;
-        let mine = {
-            let mut state = self.state();
-            if state.hashed == from { state.hasher.take() } else { None }
-        };
-        let mut state = match mine {
-            Some(mut hasher) => {
-                hasher.update(bytes);
-                let mut state = self.state();
-                state.hasher = Some(hasher);
-                state.hashed = to;
-                state
-            }
-            None => self.state(),
-        };
+        let mut state = self.state();
+        Ok(if state.hashed == from { state.hasher.take() } else { None })
+    }
+
+    /// Whether bytes that are written there are hashed at once.
+    pub(super) fn hash_stands_at(&self, from: u64) -> bool {
+        let state = self.state();
+        state.hashed == from && state.hasher.is_some()
+    }
+
+    /// These bytes, which belong to `range`, are at their place, and in the hash if that is brought back.
+    pub(super) fn written(
+        self: &Arc<Self>,
+        range: usize,
+        bytes: Range<u64>,
+        hasher: Option<Hasher>,
+    ) -> std::io::Result<()> {
+        let Range { start: from, end: to } = bytes;
+        let mut state = self.state();
+        if hasher.is_some() {
+            state.hasher = hasher;
+            state.hashed = to;
+        }
         state.done.add(from..to);
         state.unpushed += to - from;
         state.journal.note(range, to)?;
@@ -245,6 +253,8 @@ fn remove(path: &Path) -> std::io::Result<()> {
 #[cfg(test)]
 #[allow(clippy::single_range_in_vec_init)] // one gap is a list of one
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
     use crate::weights::left::left;
     use crate::weights::plan::Transport;
@@ -277,8 +287,15 @@ mod tests {
 
     fn put(partial: &Arc<Partial>, from: u64, bytes: &[u8]) {
         let mut writer = partial.writer(from).unwrap();
-        writer.take(bytes).unwrap();
+        put_all(&mut writer, bytes);
         writer.flush().unwrap();
+    }
+
+    fn put_all(writer: &mut Writer, bytes: &[u8]) {
+        let mut bytes = Bytes::copy_from_slice(bytes);
+        while let Some(step) = writer.next(&mut bytes) {
+            step.put().unwrap();
+        }
     }
 
     fn names(dir: &Path) -> Vec<String> {
@@ -361,7 +378,7 @@ mod tests {
                 while writer.at() < (n + 1) << 20 {
                     let at = usize::try_from(writer.at()).unwrap();
                     let end = (at + 10_007 + 40_009 * (at % 7)).min(usize::try_from((n + 1) << 20).unwrap());
-                    writer.take(&content[at..end]).unwrap();
+                    put_all(&mut writer, &content[at..end]);
                     tokio::task::yield_now().await;
                 }
                 writer.flush().unwrap();

@@ -1,8 +1,11 @@
-//! One connection's place in a growing blob: what it brings is gathered into whole steps of the file, so that each is
+//! One connection's place in a growing blob: what it brings is cut and gathered into whole steps of the file, so that each is
 //! one write and is hashed while it is in the CPU's cache, however small the network's pieces are (TLS: 16 KiB).
 
 use std::sync::Arc;
 
+use bytes::{Bytes, BytesMut};
+
+use super::verify::Hasher;
 use super::write::Partial;
 
 /// What is written at once, from a multiple of it on: whole large folios of the page cache. Measured on ext4: 0.31 CPU
@@ -14,58 +17,62 @@ const STEP: usize = 128 << 10;
 pub struct Writer {
     partial: Arc<Partial>,
     range: usize,
-    /// Written up to here.
-    written: u64,
-    /// What follows and is not written yet; never a whole step.
-    held: Vec<u8>,
+    /// Handed out up to here.
+    cut: u64,
+    /// What follows; never a whole step.
+    held: BytesMut,
+}
+
+/// Bytes of a blob that are to be written, and hashed if the hash stands there.
+#[derive(Debug)]
+#[must_use = "bytes that nobody writes are lost"]
+pub struct Step {
+    partial: Arc<Partial>,
+    range: usize,
+    from: u64,
+    bytes: Bytes,
 }
 
 impl Writer {
     pub(super) fn new(partial: Arc<Partial>, range: usize, from: u64) -> Self {
-        Self { partial, range, written: from, held: Vec::new() }
+        Self { partial, range, cut: from, held: BytesMut::new() }
     }
 
     /// Where the next byte goes.
     pub fn at(&self) -> u64 {
-        self.written + self.held.len() as u64
+        self.cut + self.held.len() as u64
     }
 
-    /// Takes bytes, and writes as many steps as are full. Blocks as the disk does.
-    pub fn take(&mut self, mut bytes: &[u8]) -> std::io::Result<()> {
-        loop {
-            let room = STEP - (self.at() % STEP as u64) as usize;
-            let Some((first, rest)) = bytes.split_at_checked(room) else { break };
-            if self.held.is_empty() {
-                self.put(first)?;
-            } else {
-                self.held.extend_from_slice(first);
-                self.flush()?;
-            }
-            bytes = rest;
+    /// The next whole step, with bytes from the beginning of these; none: all of them are taken. A step must be put before
+    /// the next one is asked for.
+    pub fn next(&mut self, bytes: &mut Bytes) -> Option<Step> {
+        let room = STEP - (self.at() % STEP as u64) as usize;
+        if self.held.is_empty() && bytes.len() >= room {
+            return Some(self.step(bytes.split_to(room)));
         }
-        if self.held.capacity() == 0 {
-            self.held.reserve_exact(STEP);
+        if self.held.capacity() < STEP {
+            // The memory of the step before, once that is written.
+            self.held.reserve(STEP);
         }
-        self.held.extend_from_slice(bytes);
-        Ok(())
+        let first = bytes.split_to(bytes.len().min(room));
+        self.held.extend_from_slice(&first);
+        (first.len() == room).then(|| self.rest())
     }
 
     /// Writes what is held.
     pub fn flush(&mut self) -> std::io::Result<()> {
-        if self.held.is_empty() {
-            return Ok(());
-        }
-        let mut held = std::mem::take(&mut self.held);
-        let put = self.put(&held);
-        held.clear();
-        self.held = held;
-        put
+        if self.held.is_empty() { Ok(()) } else { self.rest().put() }
     }
 
-    fn put(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        self.partial.put(self.range, self.written, bytes)?;
-        self.written += bytes.len() as u64;
-        Ok(())
+    fn rest(&mut self) -> Step {
+        let held = self.held.split().freeze();
+        self.step(held)
+    }
+
+    fn step(&mut self, bytes: Bytes) -> Step {
+        let from = self.cut;
+        self.cut += bytes.len() as u64;
+        Step { partial: self.partial.clone(), range: self.range, from, bytes }
     }
 }
 
@@ -73,5 +80,44 @@ impl Drop for Writer {
     fn drop(&mut self) {
         // Stopped half-way: without it these few bytes are fetched again.
         let _ = self.flush();
+    }
+}
+
+impl Step {
+    /// Blocks as the disk does.
+    pub fn put(self) -> std::io::Result<()> {
+        let mut hasher = self.partial.write(self.from, &self.bytes)?;
+        if let Some(hasher) = &mut hasher {
+            hasher.update(&self.bytes);
+        }
+        self.written(hasher)
+    }
+
+    /// Both, hashed together where both are to be hashed. Blocks as the disk does.
+    pub fn put_both(steps: [Self; 2]) -> [std::io::Result<()>; 2] {
+        let mut hashers = steps.each_ref().map(|step| step.partial.write(step.from, &step.bytes));
+        if let [Ok(Some(a)), Ok(Some(b))] = &mut hashers {
+            Hasher::update_both([a, b], steps.each_ref().map(|step| &*step.bytes));
+        } else {
+            for (hasher, step) in hashers.iter_mut().zip(&steps) {
+                if let Ok(Some(hasher)) = hasher {
+                    hasher.update(&step.bytes);
+                }
+            }
+        }
+        let [one, other] = steps;
+        let [of_one, of_other] = hashers;
+        [of_one.and_then(|hasher| one.written(hasher)), of_other.and_then(|hasher| other.written(hasher))]
+    }
+
+    fn written(&self, hasher: Option<Hasher>) -> std::io::Result<()> {
+        self.partial.written(self.range, self.from..self.from + self.bytes.len() as u64, hasher)
+    }
+
+    /// Whether both could be hashed, each into a hash of its own.
+    pub fn pairs_with(&self, other: &Self) -> bool {
+        !Arc::ptr_eq(&self.partial, &other.partial)
+            && self.partial.hash_stands_at(self.from)
+            && other.partial.hash_stands_at(other.from)
     }
 }
