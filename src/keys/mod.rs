@@ -20,11 +20,14 @@ use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use http::{HeaderMap, header};
+use http::{HeaderMap, HeaderName, header};
 use sha2::{Digest as _, Sha256};
 use subtle::{Choice, ConstantTimeEq as _};
 
 use crate::admission::Terms;
+
+/// Where Anthropic's clients show their key.
+pub static X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 /// Largest keys file: some ten thousand keys. A larger one is another file, named by mistake.
 pub const MAX_FILE: u64 = 1 << 20;
@@ -185,7 +188,7 @@ impl Keys {
             }
             None => None,
         };
-        let mut plain = headers.get_all("x-api-key").iter();
+        let mut plain = headers.get_all(&X_API_KEY).iter();
         let key = match plain.next() {
             Some(value) => Some(self.find(value.as_bytes())?),
             None => None,

@@ -10,6 +10,7 @@
 //! ```
 
 mod accept;
+mod again;
 mod answer;
 mod auth;
 mod call;

@@ -183,12 +183,15 @@ fn usual(path: &str) -> Decision {
 /// parameter, no backslash, and nothing encoded that would mean something else decoded.
 fn is_plain(path: &str) -> bool {
     let bytes = path.as_bytes();
-    let odd = |byte: &u8| !byte.is_ascii_graphic() || b"\\;\"<>^`{|}#?".contains(byte);
-    if bytes.first() != Some(&b'/') || bytes.iter().any(odd) {
+    if bytes.first() != Some(&b'/') || bytes.iter().any(|&byte| ODD[byte as usize]) {
         return false;
     }
-    if bytes.windows(2).any(|pair| pair == b"//") {
-        return false;
+    let mut segments = bytes[1..].split(|&byte| byte == b'/').peekable();
+    while let Some(segment) = segments.next() {
+        // An empty one may only stand last: `/v1/`.
+        if matches!(segment, b"." | b"..") || (segment.is_empty() && segments.peek().is_some()) {
+            return false;
+        }
     }
     let mut rest = bytes;
     while let Some(at) = rest.iter().position(|&byte| byte == b'%') {
@@ -204,8 +207,24 @@ fn is_plain(path: &str) -> bool {
         }
         rest = &rest[at + 3..];
     }
-    !path.split('/').any(|segment| segment == "." || segment == "..")
+    true
 }
+
+/// What stands in no path as it is.
+static ODD: [bool; 256] = {
+    let mut odd = [false; 256];
+    let mut byte = 0;
+    while byte < odd.len() {
+        odd[byte] = !(byte as u8).is_ascii_graphic();
+        byte += 1;
+    }
+    let mut listed: &[u8] = b"\\;\"<>^`{|}#?";
+    while let [first, rest @ ..] = listed {
+        odd[*first as usize] = true;
+        listed = rest;
+    }
+    odd
+};
 
 #[cfg(test)]
 mod tests {

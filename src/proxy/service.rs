@@ -23,7 +23,7 @@ use super::call::Call;
 use super::copies;
 use super::direct::{self, Leave};
 use super::error::{Refusal, keep_alive};
-use super::headers::{self, BodyFraming, Credentials, Said};
+use super::headers::{self, BodyFraming, Credentials, Said, X_REQUEST_DEADLINE, X_REQUEST_ID};
 use super::line::{Ahead, Line, Upload};
 use super::loads;
 use super::metrics::Label;
@@ -98,7 +98,7 @@ pub async fn answer(peer: Rc<Peer>, request: Request<Upload>) -> Result<Response
         }
     };
     counters.answered(label, response.status());
-    response.headers_mut().insert("x-request-id", id);
+    response.headers_mut().insert(&X_REQUEST_ID, id);
     if peer.standing != Standing::Welcome {
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
@@ -370,7 +370,7 @@ fn is_open(view: Option<&EngineView>) -> bool {
 
 /// `x-request-deadline`: seconds that the client will wait for its turn. Garbage is no deadline.
 fn client_deadline(headers: &HeaderMap) -> Option<Duration> {
-    let seconds: f64 = headers.get("x-request-deadline")?.to_str().ok()?.trim().parse().ok()?;
+    let seconds: f64 = headers.get(&X_REQUEST_DEADLINE)?.to_str().ok()?.trim().parse().ok()?;
     Duration::try_from_secs_f64(seconds).ok()
 }
 

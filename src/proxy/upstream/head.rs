@@ -1,7 +1,10 @@
 //! The engine's answer's head: parsed with httparse, stripped of what belongs to the connection.
 
+use std::mem::MaybeUninit;
+
 use http::header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use httparse::ParserConfig;
 
 use super::decode::Framing;
 use crate::proxy::headers;
@@ -43,9 +46,10 @@ pub enum BadHead {
 
 /// Parses the head of the answer to `method`. `None`: it is not whole yet.
 pub fn parse(bytes: &[u8], method: &Method) -> Result<Option<Head>, BadHead> {
-    let mut lines = [httparse::EMPTY_HEADER; MAX_LINES];
-    let mut response = httparse::Response::new(&mut lines);
-    let length = match response.parse(bytes).map_err(BadHead::Garbled)? {
+    let mut lines = [const { MaybeUninit::uninit() }; MAX_LINES];
+    let mut response = httparse::Response::new(&mut []);
+    let parsed = ParserConfig::default().parse_response_with_uninit_headers(&mut response, bytes, &mut lines);
+    let length = match parsed.map_err(BadHead::Garbled)? {
         httparse::Status::Complete(length) if length <= MAX_HEAD => length,
         httparse::Status::Partial if bytes.len() <= MAX_HEAD => return Ok(None),
         _ => return Err(BadHead::TooLong),
