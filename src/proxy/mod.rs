@@ -10,7 +10,6 @@
 //! ```
 
 mod accept;
-mod again;
 mod answer;
 mod auth;
 mod call;

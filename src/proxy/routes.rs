@@ -260,6 +260,30 @@ mod tests {
         assert_eq!(decide("/live"), Decision::Own(Own::Live));
     }
 
+    /// The same, said once for each rule and slowly.
+    fn is_plain_by_rule(path: &str) -> bool {
+        let odd = |c: char| !c.is_ascii_graphic() || "\\;\"<>^`{|}#?".contains(c);
+        let hides = |code: &str| {
+            let byte = Some(code).filter(|code| code.len() == 2).and_then(|code| u8::from_str_radix(code, 16).ok());
+            byte.is_none_or(|byte| {
+                !(0x20..0x7f).contains(&byte) || byte.is_ascii_alphanumeric() || b"/\\.%;-_~".contains(&byte)
+            })
+        };
+        let code = |(at, _): (usize, _)| path.get(at + 1..at + 3).unwrap_or("");
+        path.starts_with('/')
+            && !path.contains(odd)
+            && !path.contains("//")
+            && !path.split('/').any(|segment| segment == "." || segment == "..")
+            && !path.match_indices('%').map(code).any(hides)
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_path_is_plain_by_every_rule_or_ambiguous(path in "/?([/.%a2fF~;?+:é\u{7f}]|%[0-9a-fA-F]{2}|[ -~]){0,12}/?") {
+            proptest::prop_assert_eq!(is_plain(&path), is_plain_by_rule(&path));
+        }
+    }
+
     #[test]
     fn a_path_that_can_be_read_in_two_ways_is_refused() {
         for path in [

@@ -24,7 +24,6 @@ use tokio::task::spawn_local;
 use tokio::time::{Instant, timeout};
 
 use super::accept::accept;
-use super::again::Again;
 use super::answer::Answer;
 use super::direct;
 use super::framing::MAX_HEAD;
@@ -311,7 +310,6 @@ async fn speak_http1(worker: &Rc<Worker>, client: &Rc<Wire>, address: Option<IpA
     let mut tap = Tap::new(Rc::clone(client), worker.shared.timings.client, preface);
     // Who connects during a drain is answered; only what was open before is let go.
     let mut farewell = if worker.is_serving() { Farewell::Due } else { Farewell::Said };
-    let mut again = Again::default();
     loop {
         let peer = Rc::clone(&peer);
         let service =
@@ -325,12 +323,15 @@ async fn speak_http1(worker: &Rc<Worker>, client: &Rc<Wire>, address: Option<IpA
                     Pin::new(&mut connection).graceful_shutdown();
                 }
             }
-            let turn = again.poll(cx, |cx| match Pin::new(&mut connection).poll(cx) {
+            match Pin::new(&mut connection).poll(cx) {
                 Poll::Ready(outcome) => Poll::Ready(Turn::Over(outcome)),
-                Poll::Pending => client.handed_over().map_or(Poll::Pending, |answer| Poll::Ready(Turn::Direct(answer))),
-            });
-            // Not before what has come meanwhile was looked at: it may be a request.
-            if turn.is_pending() && client.is_let_go() { Poll::Ready(Turn::Over(Ok(()))) } else { turn }
+                Poll::Pending => match client.handed_over() {
+                    Some(answer) => Poll::Ready(Turn::Direct(answer)),
+                    // Not before what has come meanwhile was looked at: it may be a request.
+                    None if client.is_let_go() => Poll::Ready(Turn::Over(Ok(()))),
+                    None => Poll::Pending,
+                },
+            }
         })
         .await;
         let response = match turn {

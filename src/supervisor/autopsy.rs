@@ -75,6 +75,17 @@ impl NodeFound {
     }
 }
 
+/// What is told while nothing was found yet: a machine under load may take longer to look than a restart may wait.
+pub fn unexamined(ended: Option<Ended>, verdict: Option<&Judged>) -> Cause {
+    let sentence = match (verdict, ended) {
+        (Some(Judged::Hung(sentence) | Judged::RankDied(sentence)), _) => sentence.clone(),
+        (None, Some(how)) => format!("The engine's main process ended: {how}."),
+        (None, None) => "The engine failed.".into(),
+    };
+    let advice = "Why is still being looked for; the log and the incident's bundle will say it.";
+    Cause::passing("unknown", Exit::CrashLoop.code(), sentence, advice)
+}
+
 /// One class, one sentence, one piece of advice. `before`: the class of the start before this one, if
 /// no engine was ready in between.
 pub fn examine(found: &Found, before: Option<&'static str>) -> Cause {

@@ -151,6 +151,8 @@ pub struct Driver {
     loading: Loading,
     weights: Option<WeightsStatus>,
     cause: Option<Cause>,
+    /// What is told of a failure whose examination takes too long.
+    unexamined: Option<Cause>,
     last_exit: Option<String>,
     ranks: Vec<RankStatus>,
     warnings: Vec<String>,
@@ -272,6 +274,7 @@ impl Driver {
             loading: Loading::default(),
             weights: None,
             cause: None,
+            unexamined: None,
             last_exit: None,
             ranks: Vec::new(),
             warnings,
@@ -354,6 +357,13 @@ impl Driver {
     }
 
     async fn carry_out(&mut self, Decided { event, orders }: Decided, before: &State) -> Option<Event> {
+        // Nobody may read of an end without a reason: not found in time, it is told as far as it was seen.
+        if matches!(before, State::Failing { .. })
+            && !matches!(self.state(), State::Failing { .. })
+            && let (Some(Event::Tick), Some(cause)) = (&event, self.unexamined.take())
+        {
+            self.blame(cause);
+        }
         for order in orders {
             match order {
                 Wanted::Think(opinion) => self.thinks(opinion),

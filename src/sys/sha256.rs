@@ -82,8 +82,8 @@ mod x86 {
         let mut abef = [_mm_setzero_si128(); 2];
         let mut cdgh = [_mm_setzero_si128(); 2];
         for n in 0..2 {
-            let [a, b, c, d, e, f, g, h] = *state[n];
-            (abef[n], cdgh[n]) = (words([a, b, e, f]), words([c, d, g, h]));
+            let at = |word: usize| state[n][word];
+            (abef[n], cdgh[n]) = (words([at(0), at(1), at(4), at(5)]), words([at(2), at(3), at(6), at(7)]));
         }
         let [blocks_a, blocks_b] = blocks;
         for (block_a, block_b) in blocks_a.iter().zip(blocks_b) {

@@ -27,7 +27,7 @@ pub struct Drivers(Vec<Driver>);
 
 #[derive(Debug)]
 struct Driver {
-    lanes: mpsc::UnboundedSender<Lane>,
+    lanes: mpsc::Sender<Lane>,
     steps: Arc<Steps>,
     /// Lanes that it drives.
     load: Arc<AtomicUsize>,
@@ -40,11 +40,11 @@ impl Drivers {
     /// For at most so many lanes at once. They end when this is dropped and their lanes are through. Must be called within a runtime.
     pub fn start(lanes: usize) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Self::of(lanes.clamp(1, processors))
+        Self::of(lanes.clamp(1, processors), lanes)
     }
 
-    fn of(drivers: usize) -> Self {
-        Self((0..drivers).map(|_| Driver::start()).collect())
+    fn of(drivers: usize, lanes: usize) -> Self {
+        Self((0..drivers).map(|_| Driver::start(lanes.max(1))).collect())
     }
 
     /// Has the lane driven by who drives fewest.
@@ -57,7 +57,7 @@ impl Drivers {
         let (mut tell, ending) = oneshot::channel();
         let lane = lane(driver.steps.clone());
         let counted = Counted::one_more(driver.load.clone());
-        let sent = driver.lanes.send(Box::pin(async move {
+        let sent = driver.lanes.try_send(Box::pin(async move {
             let _counted = counted;
             tokio::select! {
                 biased;
@@ -65,15 +65,15 @@ impl Drivers {
                 () = tell.closed() => {}
             }
         }));
-        // A driver ends only by a panic of one of its lanes; then `ending` says so.
+        // There is room for all lanes that may be. A driver ends only by a panic of one of its lanes; then `ending` says so.
         drop(sent);
         ending
     }
 }
 
 impl Driver {
-    fn start() -> Self {
-        let (lanes, mut new) = mpsc::unbounded_channel();
+    fn start(lanes: usize) -> Self {
+        let (lanes, mut new) = mpsc::channel(lanes);
         let steps = Arc::<Steps>::default();
         let (met, mut driven) = (steps.clone(), FuturesUnordered::new());
         tokio::spawn(std::future::poll_fn(move |cx| turn(cx, &mut new, &mut driven, &met)));
@@ -83,7 +83,7 @@ impl Driver {
 
 fn turn(
     cx: &mut Context<'_>,
-    new: &mut mpsc::UnboundedReceiver<Lane>,
+    new: &mut mpsc::Receiver<Lane>,
     driven: &mut FuturesUnordered<Lane>,
     steps: &Steps,
 ) -> Poll<()> {
@@ -237,7 +237,7 @@ mod tests {
 
     #[tokio::test]
     async fn lanes_are_spread_end_with_their_word_and_stop_where_nobody_waits() {
-        let drivers = Drivers::of(2);
+        let drivers = Drivers::of(2, 4);
         let loads = || drivers.0.iter().map(|driver| driver.load.load(Ordering::Relaxed)).collect::<Vec<_>>();
         assert_eq!(drivers.drive(|_| async { 7 }).await, Ok(7));
         let (gone, heard) = oneshot::channel();
@@ -255,8 +255,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_lane_that_panics_is_told_and_waits_for_nobody() {
-        let drivers = Drivers::of(1);
-        let ending = drivers.drive(|_| async { panic!("as a defect would") });
-        assert!(tokio::time::timeout(Duration::from_secs(10), ending).await.expect("it hangs").map(|()| ()).is_err());
+        let drivers = Drivers::of(1, 1);
+        let ending = drivers.drive::<(), _>(|_| async { panic!("as a defect would") });
+        assert!(tokio::time::timeout(Duration::from_secs(10), ending).await.expect("it hangs").is_err());
     }
 }

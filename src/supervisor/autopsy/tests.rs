@@ -27,6 +27,19 @@ fn rank_died() -> Judged {
 }
 
 #[test]
+fn what_takes_too_long_to_be_examined_is_told_as_far_as_it_was_seen() {
+    let told = |ended, verdict: Option<Judged>| unexamined(ended, verdict.as_ref());
+    assert_eq!(told(None, Some(hung())).sentence, "Silent for two minutes.");
+    assert_eq!(told(Some(Ended::Signaled(9)), Some(rank_died())).sentence, "Rank 3 is gone.");
+    assert_eq!(told(Some(Ended::Signaled(9)), None).sentence, "The engine's main process ended: killed by SIGKILL.");
+    let cause = told(None, None);
+    assert!(!cause.sentence.is_empty() && cause.advice.contains("bundle"));
+    // As the step function decides without an examination.
+    assert_eq!((cause.failure.class, cause.failure.retry), ("unknown", Retry::Backoff));
+    assert_eq!(cause.failure.exit, crate::supervisor::step::EXIT_CRASH_LOOP);
+}
+
+#[test]
 fn g01_a_program_that_cannot_be_started_is_not_tried_again_and_a_limit_that_is_reached_is() {
     let of = |error: io::Error| {
         let Cause { failure, sentence, .. } = not_started("/opt/engine", &error);

@@ -227,6 +227,7 @@ impl Driver {
         // The engine goes back to the driver for its end; only its last words are waited for here.
         self.engine = Some(engine);
         let verdict = self.vigil.judged.take().or_else(|| self.start_verdict().map(Judged::Hung));
+        self.unexamined = Some(autopsy::unexamined(ended, verdict.as_ref()));
         // Only of one that hangs: where a rank died, the others wait for it, and nobody should wait for them.
         let stacks = if matches!(verdict, Some(Judged::Hung(_))) { Stacks::Take } else { Stacks::Leave };
         let before = self.cause.as_ref().map(|cause| cause.failure.class);
