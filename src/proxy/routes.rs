@@ -279,7 +279,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn a_path_is_plain_by_every_rule_or_ambiguous(path in "/?([/.%a2fF~;?+:é\u{7f}]|%[0-9a-fA-F]{2}|[ -~]){0,12}/?") {
+        fn a_path_is_plain_by_every_rule_or_ambiguous(path in "/?(/|\\.|[aé\u{7f}]|[a-z]|%2[0-9a-fA-F]|%[0-9a-fA-F]{2}|[ -~]){0,6}") {
             proptest::prop_assert_eq!(is_plain(&path), is_plain_by_rule(&path));
         }
     }
