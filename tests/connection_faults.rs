@@ -375,6 +375,24 @@ fn f11_a_crowd_of_idle_connections_stays_within_its_limit_and_ends_by_itself() {
     assert!(idle.iter_mut().all(|client| client.closes() == End::Broken));
 }
 
+/// The kernel spreads newcomers over the workers: the one that is idle may be another one's.
+#[test]
+fn f11_a_worker_without_idle_connections_asks_the_others_before_it_turns_anybody_away() {
+    let engine = Engine::answering(json("200 OK", "{}"));
+    let limits = ProxySettings { connections: Some(1), workers: 2, ..settings() };
+    let front = Front::with(&engine, limits, Timings::default());
+    // In 64 turns both workers have had to ask, or chance has missed one of them 63 times.
+    let mut before = Client::connect(front.addr);
+    for turn in 0..64 {
+        assert_eq!(before.send(get("/live")).answer().status, 200);
+        let mut newcomer = Client::connect(front.addr);
+        assert_eq!(newcomer.send(post(CHAT, "{}")).answer().status, 200, "turn {turn}");
+        assert_eq!(before.closes(), End::Broken, "turn {turn}");
+        before = newcomer;
+    }
+    assert_eq!(turned_away(&front, "crowded"), 0);
+}
+
 #[test]
 fn f11_an_idle_connection_of_http2_is_let_go_with_a_goodbye() {
     let engine = Engine::answering(json("200 OK", "{}"));

@@ -15,7 +15,7 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use sglangd::simulate::hub::{Options, Route, What, Which, XetStore};
 use sglangd::simulate::model::{ModelFile, demo};
-use sglangd::weights::{Request, Settings, Tuning};
+use sglangd::weights::{PageCache, Request, Settings, Tuning, ahead};
 use tokio::time::Instant;
 
 use crate::harness::hub::{REPO, Site, eventually, fetch_watched, fetch_with, listener, small_model, text_file};
@@ -50,6 +50,24 @@ async fn h13_one_large_file_comes_in_ranges_over_several_connections() {
     site.assert_no_leftovers();
     assert_eq!(ranges(&site).len(), 5, "pieces of 8 MiB: {:?}", ranges(&site));
     assert_eq!(site.hub.sent(), (40 << 20) + 2, "each byte once");
+}
+
+/// Nobody reads next what a person fetches: it must not push out what a serving engine has in memory. What `serve` fetches
+/// an engine reads next.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_fetched_by_hand_goes_past_the_page_cache_and_what_a_start_fetches_stays_in_it() {
+    let files = one_shard((9 << 20) + 77);
+    for (page_cache, stays) in [(PageCache::Bypass, 0), (PageCache::WhatFits, 1), (PageCache::Keep, 1)] {
+        let site = Site::with(files.clone(), Options::default()).await;
+        let mut request = site.request();
+        // What several connections bring of one file out of order is read back out of memory.
+        request.tuning = Tuning { connections: NonZeroU16::new(1), page_cache, ..Tuning::default() };
+        let snapshot = fetch_with(&request, &site.settings(&request)).await.unwrap().remove(0);
+        let shards = ahead::shards(&snapshot.path).unwrap();
+        let cold = ahead::cold(shards.clone()).0.len();
+        assert_eq!(shards.len() - cold, stays, "{page_cache:?}");
+        site.assert_right(&snapshot.path, &files);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -20,8 +20,8 @@ use crate::observe::logging;
 use crate::supervisor::acquire;
 use crate::sys::priority::{self, DiskClass};
 use crate::weights::{
-    self, FetchError, Pickles, Progress, Proof, RepoRequest, Request, Retry, Settings, Snapshot, Space, Tuning, Wanted,
-    name,
+    self, FetchError, PageCache, Pickles, Progress, Proof, RepoRequest, Request, Retry, Settings, Snapshot, Space,
+    Tuning, Wanted, name,
 };
 
 use care::Deed;
@@ -52,6 +52,9 @@ pub struct FetchArgs {
     /// Most bytes a second of all connections together, like 500MB.
     #[arg(long, value_name = "RATE", value_parser = rate)]
     pub max_rate: Option<NonZeroU64>,
+    /// Whether fetched bytes stay in memory [default: bypass, unless the configuration says keep].
+    #[arg(long, value_name = "WORD")]
+    pub page_cache: Option<PageCacheWord>,
     /// Files to fetch, as a pattern; may be repeated [default: what the engine needs].
     #[arg(long, value_name = "PATTERN", requires = "repo")]
     pub include: Vec<String>,
@@ -93,6 +96,12 @@ pub struct FetchArgs {
 pub enum PicklesWord {
     Refuse,
     Allow,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PageCacheWord {
+    Keep,
+    Bypass,
 }
 
 /// How a fetch ended.
@@ -266,7 +275,12 @@ fn request(args: &FetchArgs) -> Result<Request, (String, Exit)> {
         cache: args.cache.clone(),
         endpoint: args.endpoint.clone(),
         download: Download::Auto,
-        tuning: Tuning { connections: args.connections, max_rate: args.max_rate, ..Tuning::default() },
+        tuning: Tuning {
+            connections: args.connections,
+            max_rate: args.max_rate,
+            page_cache: page_cache(args, PageCache::Bypass),
+            ..Tuning::default()
+        },
         proof,
     })
 }
@@ -334,5 +348,14 @@ fn configured(args: &FetchArgs) -> Result<Request, (String, Exit)> {
     }
     request.tuning.connections = args.connections.or(request.tuning.connections);
     request.tuning.max_rate = args.max_rate.or(request.tuning.max_rate);
+    request.tuning.page_cache = page_cache(args, request.tuning.page_cache);
     Ok(request)
+}
+
+fn page_cache(args: &FetchArgs, configured: PageCache) -> PageCache {
+    match (args.page_cache, configured) {
+        (Some(PageCacheWord::Keep), _) | (None, PageCache::Keep) => PageCache::Keep,
+        // By hand: no engine reads it next, as one does after `serve`'s own fetch.
+        (Some(PageCacheWord::Bypass), _) | (None, PageCache::Bypass | PageCache::WhatFits) => PageCache::Bypass,
+    }
 }

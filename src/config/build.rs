@@ -13,7 +13,7 @@ use super::source::{self, Place, SourceKind};
 use super::values::{endpoint, model_name, repo, whole};
 use super::{
     Auth, Config, Download, Engine, Flags, Health, IoPriority, Limits, LogFormat, Model, ModelSource, Observe,
-    OnGiveUp, Pickles, Prefetch, Restart, Shutdown, SizedBy, Start, UnknownFlags, Weights, units,
+    OnGiveUp, PageCache, Pickles, Prefetch, Restart, Shutdown, SizedBy, Start, UnknownFlags, Weights, units,
 };
 
 /// The least grace: streams are cut 8 s and everything is killed 2 s before its end.
@@ -58,6 +58,10 @@ impl<'a> Builder<'a> {
                     NonZeroU64::new(units::size(text)?).ok_or_else(|| "at least 1 byte a second".to_owned())
                 }),
                 xet_memory: self.optional("weights.xet_memory", units::size),
+                page_cache: self.choice(
+                    "weights.page_cache",
+                    &[("auto", PageCache::Auto), ("keep", PageCache::Keep), ("bypass", PageCache::Bypass)],
+                ),
                 nice: self.value("weights.nice", |text| whole(text, 0, 19).map(|n| n as i32)),
                 ioprio: self.choice(
                     "weights.ioprio",

@@ -42,6 +42,7 @@ pub const KEYS: &[Key] = &[
     scalar("weights.connections", "8", "a number from 1 to 256"),
     unset("weights.max_rate", "bytes a second, like 500MB"),
     unset("weights.xet_memory", "a size, like 2GiB"),
+    scalar("weights.page_cache", "auto", "`auto`, `keep` or `bypass`"),
     scalar("weights.nice", "10", "a number from 0 to 19"),
     scalar("weights.ioprio", "none", "`none`, `best-effort` or `idle`"),
     Key {

@@ -80,6 +80,7 @@ pub struct Weights {
     pub max_rate: Option<NonZeroU64>,
     /// Bytes of xet's buffers; none: a share of the machine's memory.
     pub xet_memory: Option<u64>,
+    pub page_cache: PageCache,
     /// Of the fetcher alone.
     pub nice: i32,
     pub ioprio: Option<IoPriority>,
@@ -89,6 +90,15 @@ pub struct Weights {
     pub exclude: Vec<String>,
     pub pickles: Pickles,
     pub prefetch: Prefetch,
+}
+
+/// Whether fetched weights stay in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PageCache {
+    /// What `serve` fetches, if all of it fits; not what `fetch` brings.
+    Auto,
+    Keep,
+    Bypass,
 }
 
 /// A process's class of disk access, as far as anybody may lower it.

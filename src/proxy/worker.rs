@@ -55,6 +55,8 @@ const BODY_READ: usize = 192 * 1024;
 const _: () = assert!(BODY_READ > MAX_HEAD + 1024);
 /// Connections of one worker that are told so at once. Any more are closed without a word.
 const TOO_MANY: usize = 32;
+/// What another worker may take to let an idle connection go for a newcomer here: a turn of its own, on a busy machine.
+const OTHERS_ANSWER: Duration = Duration::from_millis(100);
 
 /// What the connections of one thread share.
 pub struct Worker {
@@ -74,6 +76,8 @@ pub struct Worker {
     room: Cell<usize>,
     /// Connections that are one too many.
     turned: Cell<usize>,
+    /// Until then no other worker is waited for: they had nobody to let go.
+    nobody_is_idle: Cell<Instant>,
 }
 
 impl std::fmt::Debug for Worker {
@@ -101,6 +105,7 @@ impl Worker {
             next: Cell::new(0),
             room: Cell::new(usize::MAX),
             turned: Cell::new(0),
+            nobody_is_idle: Cell::new(Instant::now()),
         })
     }
 
@@ -171,11 +176,29 @@ impl Worker {
     }
 
     /// A place in the crowd for one more connection, and how it is to be received.
-    fn seat(&self, address: Option<IpAddr>) -> (Seat, Standing) {
+    async fn seat(&self, address: Option<IpAddr>) -> (Seat, Standing) {
         let per_peer = self.shared.snapshot().settings.connections_per_peer;
         let (seat, standing) = Seat::take(&self.shared, address, per_peer);
         let full = standing == Standing::Welcome && self.shared.crowd.open() > self.room.get();
-        if full && self.press() == 0 { (seat, Standing::Turned(Turned::Crowded)) } else { (seat, standing) }
+        // Boxed: seldom needed.
+        if full && self.press() == 0 && !Box::pin(self.others_make_room()).await {
+            return (seat, Standing::Turned(Turned::Crowded));
+        }
+        (seat, standing)
+    }
+
+    /// Whether another worker, which was asked to, lets idle connections go.
+    async fn others_make_room(&self) -> bool {
+        let now = Instant::now();
+        if self.shared.snapshot().settings.workers == 1 || now < self.nobody_is_idle.get() {
+            return false;
+        }
+        let made = timeout(OTHERS_ANSWER, self.shared.crowd.is_within(self.room.get())).await.is_ok();
+        if !made {
+            // Else each of a flood would wait as long.
+            self.nobody_is_idle.set(Instant::now() + OTHERS_ANSWER);
+        }
+        made
     }
 }
 
@@ -249,7 +272,7 @@ enum Turn {
 
 /// A connection on which HTTP may begin, until its end.
 pub async fn converse(worker: Rc<Worker>, arrived: Arrived) {
-    let (seat, standing) = worker.seat(arrived.address);
+    let (seat, standing) = worker.seat(arrived.address).await;
     match standing {
         Standing::Welcome => speak(&worker, &arrived, standing).await,
         Standing::Turned(why) => {

@@ -46,6 +46,11 @@ impl Cause {
         let sentence = format!("{what}: {limit} ({error}).");
         Some(Self::passing("no_resources", Exit::Engine.code(), sentence, advice))
     }
+
+    /// Writes it into the log.
+    pub fn log(&self) {
+        tracing::error!("{}{}{}", self.sentence, if self.advice.is_empty() { "" } else { " " }, self.advice);
+    }
 }
 
 #[cfg(test)]

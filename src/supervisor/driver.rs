@@ -66,7 +66,11 @@ const FAREWELL: Duration = Duration::from_secs(1);
 enum Report {
     Acquired(Result<Acquired, Cause>),
     Prepared(Result<Box<Prepared>, Cause>),
-    Examined(Cause),
+    Examined {
+        /// The process that it is about.
+        of: i32,
+        cause: Cause,
+    },
     Pulse(Pulse),
     /// None: it could not be made.
     Looked(Option<Box<Look>>),

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::ahead::{self, Place};
 use super::error::FetchError;
 use super::left::{Paths, left};
 use super::name;
@@ -271,10 +272,20 @@ impl RepoCache {
 
     /// Bytes free for this user on the cache's disk.
     pub fn free_space(&self) -> Result<u64, FetchError> {
-        let nearest = self.root.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
+        let nearest = self.nearest();
         let stat = nix::sys::statvfs::statvfs(nearest)
             .map_err(|errno| FetchError::Disk { path: nearest.to_owned(), source: errno.into() })?;
         Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+    }
+
+    /// Whether its disk is this machine's own. What cannot be asked is none.
+    pub fn is_on_own_disk(&self) -> bool {
+        ahead::place(self.nearest()).is_ok_and(|place| place == Place::Local)
+    }
+
+    /// The lowest folder on its way that there is.
+    fn nearest(&self) -> &Path {
+        self.root.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"))
     }
 }
 

@@ -18,7 +18,7 @@ use std::task::{Context, Poll};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::{mpsc, oneshot};
 
-use super::writer::Step;
+use super::writer::{Hashed, Step};
 
 type Lane = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -135,7 +135,7 @@ impl Steps {
         end.await.unwrap_or_else(|gone| Err(std::io::Error::other(gone)))
     }
 
-    /// Writes and hashes the oldest step, and a mate's with it. False: there was none. Blocks as the disk does.
+    /// Hashes the oldest step, and a mate's with it, and has them written. False: there was none. Blocks as the page cache does.
     fn settle(&self) -> bool {
         let (first, mate) = {
             let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -146,15 +146,25 @@ impl Steps {
             let mate = waiting.iter().position(|other| first.step.pairs_with(&other.step));
             (first, mate.map(|at| waiting.remove(at)))
         };
-        // Who asked may be gone; the bytes count all the same.
         match mate {
-            None => drop(first.done.send(first.step.put())),
+            None => settle_one(first.step.hash(), first.done),
             Some(mate) => {
-                let [one, other] = Step::put_both([first.step, mate.step]);
-                drop((first.done.send(one), mate.done.send(other)));
+                let [one, other] = Step::hash_both([first.step, mate.step]);
+                settle_one(one, first.done);
+                settle_one(other, mate.done);
             }
         }
         true
+    }
+}
+
+/// What waits for the disk does so in a thread of its own: meanwhile this driver's other lanes go on.
+fn settle_one(step: Hashed, done: oneshot::Sender<std::io::Result<()>>) {
+    // Who asked may be gone; the bytes count all the same.
+    if step.is_for_the_disk() {
+        tokio::task::spawn_blocking(move || drop(done.send(step.write())));
+    } else {
+        drop(done.send(step.write()));
     }
 }
 
@@ -186,7 +196,7 @@ mod tests {
             foreign: dir.join("blobs").join(format!("{name}.foreign")),
         };
         let hash = Hash::Sha256(hasher.hex());
-        let partial = Partial::open(paths, &RemoteFile { name, size, hash, transport: Transport::Http }).unwrap();
+        let partial = Partial::open(paths, &RemoteFile { name, size, hash, transport: Transport::Http }, None).unwrap();
         let writer = partial.writer(0).unwrap();
         (partial, writer, content)
     }
@@ -211,7 +221,7 @@ mod tests {
         assert!(!steps.settle());
         drop(puts);
         assert_eq!((one.have(), other.is_whole(), more.is_whole()), (STEP as u64, true, true));
-        to_one.next(&mut first).unwrap().put().unwrap();
+        to_one.next(&mut first).unwrap().hash().write().unwrap();
         for (partial, name) in [(one, "a"), (other, "b"), (more, "c")] {
             assert_eq!(partial.finish(&dir.path().join(name)).await.unwrap(), Finished::Right, "{name}");
         }

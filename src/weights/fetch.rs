@@ -9,19 +9,21 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::Request;
 use super::board::{Board, Slot};
 use super::cache::{Access, RepoCache};
+use super::direct_io::Blocks;
 use super::drivers::Drivers;
 use super::error::{FetchError, bytes};
 use super::plan::{Action, FetchPlan, RemoteFile};
 use super::prepare::{PlannedRepo, prepare};
 use super::progress::{Meter, Progress, Snapshot};
 use super::rate::Rate;
+use super::room;
 use super::settings::Settings;
 use super::space::Space;
 use super::transfer::Repo;
 use super::xet::Xet;
+use super::{PageCache, Request};
 
 /// Between two reports.
 const TICK: Duration = Duration::from_millis(250);
@@ -56,6 +58,18 @@ pub async fn fetch(
     Ok(snapshots)
 }
 
+/// Memory for writes past the page cache, where bytes are to go past it. A network's file system has its own ways with such
+/// writes, none of them measured.
+fn past_cache(planned: &[PlannedRepo], settings: &Settings) -> Option<Arc<Blocks>> {
+    let bytes: u64 = planned.iter().map(|repo| repo.plan.bytes_to_fetch()).sum();
+    let is_to = match settings.page_cache {
+        PageCache::Bypass => true,
+        PageCache::WhatFits => bytes > room::room(),
+        PageCache::Keep => false,
+    };
+    (is_to && planned.iter().all(|repo| repo.cache().is_on_own_disk())).then(Arc::default)
+}
+
 /// One content to be brought or proved, with all the names it has.
 struct Job {
     repo: usize,
@@ -74,6 +88,7 @@ async fn run(
     let places = Arc::new(Semaphore::new(settings.connections.max(1)));
     let rate = Arc::new(Rate::new(settings.max_rate));
     let drivers = Arc::new(Drivers::start(settings.connections));
+    let past_cache = past_cache(planned, settings);
     let shared: Vec<Option<Arc<Repo>>> = planned
         .iter()
         .map(|repo| {
@@ -89,6 +104,7 @@ async fn run(
                 rate: rate.clone(),
                 places: places.clone(),
                 drivers: drivers.clone(),
+                past_cache: past_cache.clone(),
             }))
         })
         .collect();

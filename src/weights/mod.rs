@@ -20,6 +20,7 @@ mod behind;
 mod board;
 mod cache;
 mod content;
+mod direct_io;
 mod drivers;
 mod error;
 mod fetch;
@@ -97,10 +98,23 @@ pub struct Tuning {
     pub max_rate: Option<NonZeroU64>,
     /// Bytes of xet's buffers.
     pub xet_memory: Option<u64>,
+    pub page_cache: PageCache,
     /// The fetcher's nice value; none: its parent's.
     pub nice: Option<i32>,
     /// Its class of disk access; none: its parent's.
     pub ioprio: Option<IoPriority>,
+}
+
+/// Whether what is fetched stays in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PageCache {
+    /// Not where the file system knows a way past it: nobody reads it next, and whoever serves keeps what they have there.
+    #[default]
+    Bypass,
+    /// If all of it fits into free memory: an engine reads it next.
+    WhatFits,
+    Keep,
 }
 
 /// What is believed of files that are there.
@@ -212,6 +226,11 @@ pub fn tuning_from_config(config: &Config) -> Tuning {
         connections: Some(weights.connections),
         max_rate: weights.max_rate,
         xet_memory: weights.xet_memory,
+        page_cache: match weights.page_cache {
+            config::PageCache::Auto => PageCache::WhatFits,
+            config::PageCache::Keep => PageCache::Keep,
+            config::PageCache::Bypass => PageCache::Bypass,
+        },
         nice: Some(weights.nice),
         ioprio: weights.ioprio,
     }

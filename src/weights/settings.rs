@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::error::FetchError;
-use super::{Access, Request};
+use super::{Access, PageCache, Request};
 use crate::config::Download;
 
 /// The public hub.
@@ -33,6 +33,7 @@ pub struct Settings {
     pub max_rate: Option<NonZeroU64>,
     /// Most memory of xet's buffers; none: a share of the machine's, as xet takes it.
     pub xet_memory: Option<u64>,
+    pub page_cache: PageCache,
     /// Free bytes of the cache's disk; none: the disk is asked.
     pub free_space: Option<u64>,
     /// Whether the cache may be written to; none: it is asked.
@@ -141,6 +142,7 @@ impl Settings {
             connections: request.tuning.connections.map_or(CONNECTIONS, |n| n.get().into()),
             max_rate: request.tuning.max_rate,
             xet_memory: request.tuning.xet_memory,
+            page_cache: request.tuning.page_cache,
             free_space: None,
             access: None,
         })

@@ -19,6 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::board::{Board, Slot};
 use super::cache::RepoCache;
 use super::content::{Ask, Found};
+use super::direct_io::Blocks;
 use super::drivers::Drivers;
 use super::error::FetchError;
 use super::hub::Hub;
@@ -53,6 +54,8 @@ pub struct Repo {
     /// One for each connection.
     pub places: Arc<Semaphore>,
     pub drivers: Arc<Drivers>,
+    /// Memory of writes past the page cache; none: they go through it.
+    pub past_cache: Option<Arc<Blocks>>,
 }
 
 impl Repo {
@@ -79,7 +82,8 @@ impl Repo {
         let (path, blob) = (paths.data.clone(), self.cache.blob(&file.hash));
         let disk = |source| FetchError::disk(&path, &file.name, source);
         let remote = file.clone();
-        let partial = off_runtime(move || Partial::open(paths, &remote)).await.map_err(disk)?;
+        let past = self.past_cache.clone();
+        let partial = off_runtime(move || Partial::open(paths, &remote, past)).await.map_err(disk)?;
         let found = Arc::new(Found::default());
         let (mut ask, mut wrong) = (Ask::Range, 0);
         loop {

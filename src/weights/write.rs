@@ -13,12 +13,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
+use super::direct_io::{Block, Blocks, Direct};
 use super::journal::{self, Journal};
 use super::left::{Paths, counted, take_over};
 use super::plan::{Hash, RemoteFile};
 use super::ranges::Ranges;
 use super::verify::Hasher;
-use super::writer::Writer;
+use super::writer::{StepBytes, Writer};
 
 /// How a whole file ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -34,6 +35,8 @@ pub enum Finished {
 pub struct Partial {
     paths: Paths,
     pub(super) file: File,
+    /// The way past the page cache, where there is one.
+    direct: Option<Direct>,
     hash: Hash,
     size: u64,
     boot: String,
@@ -65,8 +68,8 @@ pub(super) enum Push {
 }
 
 impl Partial {
-    /// Opens what an earlier run left, or begins anew. Blocks. Whoever calls holds the blob's lock.
-    pub fn open(paths: Paths, remote: &RemoteFile) -> std::io::Result<Arc<Self>> {
+    /// Opens what an earlier run left, or begins anew; with memory for them, bytes go past the page cache. Blocks. Whoever calls holds the blob's lock.
+    pub fn open(paths: Paths, remote: &RemoteFile, past: Option<Arc<Blocks>>) -> std::io::Result<Arc<Self>> {
         if let Some(folder) = paths.data.parent() {
             std::fs::create_dir_all(folder)?;
         }
@@ -93,9 +96,11 @@ impl Partial {
             push: Push::Idle,
             trouble: None,
         };
+        let direct = past.and_then(|blocks| Direct::open(&paths.data, blocks));
         let partial = Arc::new(Self {
             paths,
             file,
+            direct,
             hash: remote.hash.clone(),
             size: remote.size,
             boot,
@@ -134,18 +139,38 @@ impl Partial {
         Ok(Writer::new(self.clone(), range, from))
     }
 
-    /// Puts these bytes to their place. Where the hash stands there, it is handed out: to be fed with them and brought back to
-    /// `written`. Blocks as the disk does.
-    pub(super) fn write(&self, from: u64, bytes: &[u8]) -> std::io::Result<Option<Hasher>> {
-        self.file.write_all_at(bytes, from)?;
-        let mut state = self.state();
-        Ok(if state.hashed == from { state.hasher.take() } else { None })
+    /// Memory for bytes from here on that go past the page cache: where they are hashed on their way. Others are read back out of it.
+    pub(super) fn block_at(&self, from: u64) -> Option<Block> {
+        self.direct.as_ref().filter(|_| self.hash_stands_at(from))?.block_at(from)
     }
 
-    /// Whether bytes that are written there are hashed at once.
+    /// The hash, if it stands there: to be fed with the bytes from there on and brought back to `written`.
+    pub(super) fn hasher_at(&self, from: u64) -> Option<Hasher> {
+        let mut state = self.state();
+        if state.hashed == from { state.hasher.take() } else { None }
+    }
+
+    /// Whether bytes that belong there are hashed on their way.
     pub(super) fn hash_stands_at(&self, from: u64) -> bool {
         let state = self.state();
         state.hashed == from && state.hasher.is_some()
+    }
+
+    /// The hash that was handed out is not brought back: it has bytes that are not at their place.
+    pub(super) fn hash_anew(&self) {
+        let mut state = self.state();
+        state.hasher = Some(self.fresh_hasher());
+        state.hashed = 0;
+    }
+
+    /// Puts these bytes to their place. Blocks as the disk does.
+    pub(super) fn write(&self, from: u64, bytes: &StepBytes) -> std::io::Result<()> {
+        if let (Some(direct), StepBytes::Block(block)) = (&self.direct, bytes)
+            && direct.write(block, from)?
+        {
+            return Ok(());
+        }
+        self.file.write_all_at(bytes, from)
     }
 
     /// These bytes, which belong to `range`, are at their place, and in the hash if that is brought back.
@@ -294,7 +319,7 @@ mod tests {
     fn put_all(writer: &mut Writer, bytes: &[u8]) {
         let mut bytes = Bytes::copy_from_slice(bytes);
         while let Some(step) = writer.next(&mut bytes) {
-            step.put().unwrap();
+            step.hash().write().unwrap();
         }
     }
 
@@ -306,12 +331,12 @@ mod tests {
     async fn h09_what_an_earlier_run_left_is_continued_and_the_name_comes_last() {
         let dir = tempfile::tempdir().unwrap();
         let blob = dir.path().join("blobs/x");
-        let partial = Partial::open(paths(dir.path()), &hello()).unwrap();
+        let partial = Partial::open(paths(dir.path()), &hello(), None).unwrap();
         put(&partial, 4, b"o\n");
         put(&partial, 0, b"he");
         drop(partial);
         assert_eq!(left(&paths(dir.path()), 6), Some(4));
-        let partial = Partial::open(paths(dir.path()), &hello()).unwrap();
+        let partial = Partial::open(paths(dir.path()), &hello(), None).unwrap();
         assert_eq!(partial.gaps(), [2..4]);
         put(&partial, 2, b"ll");
         assert!(partial.is_whole());
@@ -325,7 +350,7 @@ mod tests {
     async fn h01_a_wrong_file_never_gets_its_name_and_begins_anew() {
         let dir = tempfile::tempdir().unwrap();
         let blob = dir.path().join("blobs/x");
-        let partial = Partial::open(paths(dir.path()), &hello()).unwrap();
+        let partial = Partial::open(paths(dir.path()), &hello(), None).unwrap();
         put(&partial, 3, b"lo\n");
         put(&partial, 0, b"HEL");
         assert!(matches!(partial.finish(&blob).await.unwrap(), Finished::Wrong { .. }));
@@ -342,11 +367,11 @@ mod tests {
         std::fs::create_dir(dir.path().join("blobs")).unwrap();
         std::fs::write(&there.foreign, b"hello\nhello\n").unwrap();
         assert_eq!(left(&there, 6), None);
-        assert_eq!(Partial::open(there.clone(), &hello()).unwrap().have(), 0);
+        assert_eq!(Partial::open(there.clone(), &hello(), None).unwrap().have(), 0);
         std::fs::remove_file(&there.data).unwrap();
         std::fs::write(&there.foreign, b"hel").unwrap();
         assert_eq!(left(&there, 6), Some(3));
-        let partial = Partial::open(there, &hello()).unwrap();
+        let partial = Partial::open(there, &hello(), None).unwrap();
         assert_eq!(partial.gaps(), [3..6]);
         put(&partial, 3, b"lo\n");
         assert_eq!(partial.finish(&dir.path().join("blobs/x")).await.unwrap(), Finished::Right);
@@ -360,14 +385,23 @@ mod tests {
         let there = paths(dir.path());
         std::fs::create_dir(dir.path().join("blobs")).unwrap();
         std::fs::write(&there.data, b"\0\0\0\0\0\n").unwrap();
-        assert_eq!(Partial::open(there, &hello()).unwrap().gaps(), [0..6]);
+        assert_eq!(Partial::open(there, &hello(), None).unwrap().gaps(), [0..6]);
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn many_writers_out_of_order_make_the_right_file() {
+        many_writers(None).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn many_writers_of_whom_some_go_past_the_page_cache_make_the_right_file() {
+        many_writers(Some(Arc::default())).await;
+    }
+
+    async fn many_writers(past: Option<Arc<Blocks>>) {
         let dir = tempfile::tempdir().unwrap();
-        let (content, remote) = noise(8 << 20);
-        let partial = Partial::open(paths(dir.path()), &remote).unwrap();
+        let (content, remote) = noise((8 << 20) + 5);
+        let partial = Partial::open(paths(dir.path()), &remote, past).unwrap();
         let content = Arc::new(content);
         let mut writers = tokio::task::JoinSet::new();
         for n in 0..8u64 {
@@ -375,9 +409,10 @@ mod tests {
             writers.spawn(async move {
                 let mut writer = partial.writer(n << 20).unwrap();
                 // Steps of many lengths; a pause so that the writers really mix.
-                while writer.at() < (n + 1) << 20 {
+                let end_of_all = if n == 7 { content.len() } else { usize::try_from((n + 1) << 20).unwrap() };
+                while writer.at() < end_of_all as u64 {
                     let at = usize::try_from(writer.at()).unwrap();
-                    let end = (at + 10_007 + 40_009 * (at % 7)).min(usize::try_from((n + 1) << 20).unwrap());
+                    let end = (at + 10_007 + 40_009 * (at % 7)).min(end_of_all);
                     put_all(&mut writer, &content[at..end]);
                     tokio::task::yield_now().await;
                 }
@@ -390,6 +425,19 @@ mod tests {
         assert!(std::fs::read(&blob).unwrap() == *content);
     }
 
+    /// A write that fails, of a full disk: its bytes were hashed and are not there.
+    #[tokio::test]
+    async fn h02_a_hash_that_is_not_brought_back_begins_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let partial = Partial::open(paths(dir.path()), &hello(), None).unwrap();
+        put(&partial, 0, b"he");
+        partial.hasher_at(2).unwrap().update(b"XX");
+        assert!(!partial.hash_stands_at(2));
+        partial.hash_anew();
+        put(&partial, 2, b"llo\n");
+        assert_eq!(partial.finish(&dir.path().join("blobs/x")).await.unwrap(), Finished::Right);
+    }
+
     /// A hub that turns out not to serve ranges: what reads back and what pushes may still be at the file of before.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn h04_a_file_that_begins_anew_has_nothing_of_its_life_before() {
@@ -397,7 +445,7 @@ mod tests {
         let (content, remote) = noise(1 << 20);
         let half = content.len() / 2;
         for turn in 0..100 {
-            let partial = Partial::open(paths(dir.path()), &remote).unwrap();
+            let partial = Partial::open(paths(dir.path()), &remote, None).unwrap();
             // Out of order, so that it is read back in another thread.
             put(&partial, half as u64, &content[half..]);
             put(&partial, 0, &vec![0xee; half]);

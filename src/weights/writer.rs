@@ -1,16 +1,18 @@
 //! One connection's place in a growing blob: what it brings is cut and gathered into whole steps of the file, so that each is
-//! one write and is hashed while it is in the CPU's cache, however small the network's pieces are (TLS: 16 KiB).
+//! one write and is hashed while it is in the CPU's cache, however small the network's pieces are (TLS: 16 KiB). A step that
+//! may go past the page cache is a block of its own memory (`direct_io`).
 
+use std::ops::Deref;
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf as _, Bytes, BytesMut};
 
+use super::direct_io::Block;
 use super::verify::Hasher;
 use super::write::Partial;
 
-/// What is written at once, from a multiple of it on: whole large folios of the page cache. Measured on ext4: 0.31 CPU
-/// s/GB (256 KiB: 0.28), where steps of 32 KiB take 0.42 and of 4 KiB 1.2. The most that a kill loses of what the
-/// fetcher has seen, a connection.
+/// What is written at once through the page cache, from a multiple of it on: whole large folios. Measured on ext4: 0.31 CPU
+/// s/GB (256 KiB: 0.28), where steps of 32 KiB take 0.42 and of 4 KiB 1.2.
 const STEP: usize = 128 << 10;
 
 #[derive(Debug)]
@@ -19,36 +21,70 @@ pub struct Writer {
     range: usize,
     /// Handed out up to here.
     cut: u64,
-    /// What follows; never a whole step.
+    /// What follows on its way past the page cache; never a whole block.
+    block: Option<Block>,
+    /// What follows, where there is no block, on its way through it; never a whole step.
     held: BytesMut,
 }
 
-/// Bytes of a blob that are to be written, and hashed if the hash stands there.
+/// Bytes of a blob that are to be hashed, if the hash stands there, and written.
 #[derive(Debug)]
 #[must_use = "bytes that nobody writes are lost"]
 pub struct Step {
     partial: Arc<Partial>,
     range: usize,
     from: u64,
-    bytes: Bytes,
+    bytes: StepBytes,
+}
+
+#[derive(Debug)]
+pub(super) enum StepBytes {
+    Loose(Bytes),
+    Block(Block),
+}
+
+/// A step whose bytes are in the hash, if that stood there.
+#[derive(Debug)]
+#[must_use = "bytes that nobody writes are lost"]
+pub struct Hashed {
+    step: Step,
+    hasher: Option<Hasher>,
+}
+
+impl Deref for StepBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Loose(bytes) => bytes,
+            Self::Block(block) => block,
+        }
+    }
 }
 
 impl Writer {
     pub(super) fn new(partial: Arc<Partial>, range: usize, from: u64) -> Self {
-        Self { partial, range, cut: from, held: BytesMut::new() }
+        Self { partial, range, cut: from, block: None, held: BytesMut::new() }
     }
 
     /// Where the next byte goes.
     pub fn at(&self) -> u64 {
-        self.cut + self.held.len() as u64
+        self.cut + self.block.as_ref().map_or(self.held.len(), |block| block.len()) as u64
     }
 
     /// The next whole step, with bytes from the beginning of these; none: all of them are taken. A step must be put before
     /// the next one is asked for.
     pub fn next(&mut self, bytes: &mut Bytes) -> Option<Step> {
+        if self.at() == self.cut && !bytes.is_empty() {
+            self.block = self.partial.block_at(self.cut);
+        }
+        if let Some(block) = &mut self.block {
+            bytes.advance(block.fill(bytes));
+            return block.is_full().then(|| self.rest());
+        }
         let room = STEP - (self.at() % STEP as u64) as usize;
         if self.held.is_empty() && bytes.len() >= room {
-            return Some(self.step(bytes.split_to(room)));
+            return Some(self.step(StepBytes::Loose(bytes.split_to(room))));
         }
         if self.held.capacity() < STEP {
             // The memory of the step before, once that is written.
@@ -61,15 +97,18 @@ impl Writer {
 
     /// Writes what is held.
     pub fn flush(&mut self) -> std::io::Result<()> {
-        if self.held.is_empty() { Ok(()) } else { self.rest().put() }
+        if self.at() == self.cut { Ok(()) } else { self.rest().hash().write() }
     }
 
     fn rest(&mut self) -> Step {
-        let held = self.held.split().freeze();
-        self.step(held)
+        let rest = match self.block.take() {
+            Some(block) => StepBytes::Block(block),
+            None => StepBytes::Loose(self.held.split().freeze()),
+        };
+        self.step(rest)
     }
 
-    fn step(&mut self, bytes: Bytes) -> Step {
+    fn step(&mut self, bytes: StepBytes) -> Step {
         let from = self.cut;
         self.cut += bytes.len() as u64;
         Step { partial: self.partial.clone(), range: self.range, from, bytes }
@@ -84,34 +123,27 @@ impl Drop for Writer {
 }
 
 impl Step {
-    /// Blocks as the disk does.
-    pub fn put(self) -> std::io::Result<()> {
-        let mut hasher = self.partial.write(self.from, &self.bytes)?;
-        if let Some(hasher) = &mut hasher {
-            hasher.update(&self.bytes);
-        }
-        self.written(hasher)
+    pub fn hash(self) -> Hashed {
+        let mut hashed = self.begin();
+        hashed.feed();
+        hashed
     }
 
-    /// Both, hashed together where both are to be hashed. Blocks as the disk does.
-    pub fn put_both(steps: [Self; 2]) -> [std::io::Result<()>; 2] {
-        let mut hashers = steps.each_ref().map(|step| step.partial.write(step.from, &step.bytes));
-        if let [Ok(Some(a)), Ok(Some(b))] = &mut hashers {
-            Hasher::update_both([a, b], steps.each_ref().map(|step| &*step.bytes));
-        } else {
-            for (hasher, step) in hashers.iter_mut().zip(&steps) {
-                if let Ok(Some(hasher)) = hasher {
-                    hasher.update(&step.bytes);
-                }
+    /// Both, together where both are to be hashed.
+    pub fn hash_both(steps: [Self; 2]) -> [Hashed; 2] {
+        let mut both = steps.map(Self::begin);
+        match &mut both {
+            [Hashed { step: one, hasher: Some(a) }, Hashed { step: other, hasher: Some(b) }] => {
+                Hasher::update_both([a, b], [&one.bytes, &other.bytes]);
             }
+            both => both.iter_mut().for_each(Hashed::feed),
         }
-        let [one, other] = steps;
-        let [of_one, of_other] = hashers;
-        [of_one.and_then(|hasher| one.written(hasher)), of_other.and_then(|hasher| other.written(hasher))]
+        both
     }
 
-    fn written(&self, hasher: Option<Hasher>) -> std::io::Result<()> {
-        self.partial.written(self.range, self.from..self.from + self.bytes.len() as u64, hasher)
+    fn begin(self) -> Hashed {
+        let hasher = self.partial.hasher_at(self.from);
+        Hashed { step: self, hasher }
     }
 
     /// Whether both could be hashed, each into a hash of its own.
@@ -119,5 +151,30 @@ impl Step {
         !Arc::ptr_eq(&self.partial, &other.partial)
             && self.partial.hash_stands_at(self.from)
             && other.partial.hash_stands_at(other.from)
+    }
+}
+
+impl Hashed {
+    fn feed(&mut self) {
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(&self.step.bytes);
+        }
+    }
+
+    /// Whether writing it waits for the disk itself.
+    pub fn is_for_the_disk(&self) -> bool {
+        matches!(self.step.bytes, StepBytes::Block(_))
+    }
+
+    /// Blocks as the disk does.
+    pub fn write(self) -> std::io::Result<()> {
+        let Self { step: Step { partial, range, from, bytes }, hasher } = self;
+        if let Err(error) = partial.write(from, &bytes) {
+            if hasher.is_some() {
+                partial.hash_anew();
+            }
+            return Err(error);
+        }
+        partial.written(range, from..from + bytes.len() as u64, hasher)
     }
 }

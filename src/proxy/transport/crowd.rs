@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
+use tokio::sync::Notify;
 
 use super::counts::Turned;
 use crate::link::ProxySettings;
@@ -55,12 +56,28 @@ pub fn room(settings: &ProxySettings) -> usize {
 #[derive(Debug, Default)]
 pub struct Crowd {
     open: AtomicUsize,
+    /// Rings when one of them has gone.
+    left: Notify,
     peers: Mutex<HashMap<IpAddr, usize>>,
 }
 
 impl Crowd {
     pub fn open(&self) -> usize {
         self.open.load(Relaxed)
+    }
+
+    /// Waits until at most so many are open.
+    pub async fn is_within(&self, room: usize) {
+        loop {
+            let left = self.left.notified();
+            tokio::pin!(left);
+            // Before the look: one that goes between look and wait must not be missed.
+            left.as_mut().enable();
+            if self.open() <= room {
+                return;
+            }
+            left.await;
+        }
     }
 }
 
@@ -92,6 +109,7 @@ impl Drop for Seat {
     fn drop(&mut self) {
         let crowd = &self.shared.crowd;
         crowd.open.fetch_sub(1, Relaxed);
+        crowd.left.notify_waiters();
         if let Some(peer) = self.peer {
             let mut peers = crowd.peers.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(open) = peers.get_mut(&peer) {

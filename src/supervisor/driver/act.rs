@@ -223,7 +223,7 @@ impl Driver {
         };
         let words = engine.take_last_words();
         let subject = Subject::new(engine.tree.clone(), engine.spec.clone());
-        let (ended, heard) = (engine.ended, Arc::clone(&engine.heard));
+        let (of, ended, heard) = (engine.pid, engine.ended, Arc::clone(&engine.heard));
         // The engine goes back to the driver for its end; only its last words are waited for here.
         self.engine = Some(engine);
         let verdict = self.vigil.judged.take().or_else(|| self.start_verdict().map(Judged::Hung));
@@ -244,7 +244,7 @@ impl Driver {
             let mut pages = [vec![bundle::cause(&cause), log], about, subject.start(), alive].concat();
             let class = cause.failure.class;
             // The restart goes on; what is written down is for later.
-            let _ = reports.send(Report::Examined(cause)).await;
+            let _ = reports.send(Report::Examined { of, cause }).await;
             pages.push(requests.await);
             let written = bundle::written(state, class, pages, &spawner).await;
             let _ = reports.send(Report::Bundled(written)).await;
@@ -317,9 +317,25 @@ impl Driver {
         }
     }
 
+    /// Why an engine died is found: in time, while its end waits for it, or later.
+    pub(super) async fn examined(&mut self, of: i32, cause: Cause) {
+        let failure = cause.failure;
+        let waits = self.engine.as_ref().is_some_and(|engine| engine.pid == of);
+        match self.state() {
+            State::Failing { .. } if waits => {
+                self.unexamined = None;
+                self.blame(cause);
+                self.on(Event::Examined(failure)).await;
+            }
+            // Another one serves by now: nobody may read of the end of that one beside it.
+            State::Ready | State::Busy => cause.log(),
+            _ => self.blame(cause),
+        }
+    }
+
     /// The cause that everybody is told from now on.
     pub(super) fn blame(&mut self, cause: Cause) {
-        tracing::error!("{}{}{}", cause.sentence, if cause.advice.is_empty() { "" } else { " " }, cause.advice);
+        cause.log();
         self.cause = Some(cause);
     }
 }

@@ -86,11 +86,7 @@ impl Driver {
                 self.blame(cause);
                 self.on(Event::PrepareFailed(failure)).await;
             }
-            Report::Examined(cause) => {
-                let failure = cause.failure;
-                self.blame(cause);
-                self.on(Event::Examined(failure)).await;
-            }
+            Report::Examined { of, cause } => self.examined(of, cause).await,
             Report::Pulse(pulse) => self.pulsed(&pulse).await,
             Report::Looked(seen) => self.looked(seen).await,
             Report::Figures { of, figures } => self.figures(of, figures).await,
