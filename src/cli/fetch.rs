@@ -27,8 +27,8 @@ use crate::weights::{
 use care::Deed;
 use show::Show;
 
-/// Workers of the runtime beside one a connection: a connection writes and hashes where it stands, and the others must
-/// go on while one waits for the disk. More than these wait in turn.
+/// Workers of the runtime beside one for each task that drives connections: those hash where they stand, and write into the page
+/// cache, while others must go on. More than these wait in turn.
 const SPARE_WORKERS: usize = 2;
 const MOST_WORKERS: usize = 16;
 
@@ -139,7 +139,7 @@ pub fn run(args: FetchArgs) -> Exit {
         tracing::warn!(%error, "weights.nice or weights.ioprio could not be set");
     }
     let connections = request.tuning.connections.map_or(weights::CONNECTIONS, |n| n.get().into());
-    let workers = (connections + SPARE_WORKERS).min(MOST_WORKERS);
+    let workers = (weights::drivers(connections) + SPARE_WORKERS).min(MOST_WORKERS);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,

@@ -1,7 +1,7 @@
 //! How much memory this process keeps: of what it freed, and of its own file.
 //!
 //! # Safety contract
-//! `mallopt` takes two integers; glibc allows it at any time, and it touches no memory of ours.
+//! `mallopt` takes two integers and `malloc_trim` one; glibc allows them at any time, and they touch no memory that is in use.
 //! `dl_iterate_phdr` gives each callback the headers of a loaded file, valid while it runs. Only segments that the
 //! file says are never written to are let go of: their pages are the file's own, and come again from it when they
 //! are touched. What the loader wrote to (RELRO) lies in a segment that the file calls writable.
@@ -22,7 +22,7 @@ pub fn share_heaps() {
     }
 }
 
-/// Lets go of what is in memory of program and libraries: most of it only the start needed, relocations, help texts
+/// Lets go of what was freed, and of what is in memory of program and libraries: most of it only the start needed, relocations, help texts
 /// and the code that reads settings, and what is near to that. What is touched again is there again, a few pages
 /// of it at a time, from the kernel's cache.
 ///
@@ -42,6 +42,11 @@ const SETTLED: Duration = Duration::from_secs(1);
 const SMALL_STACK: usize = 64 * 1024;
 
 fn let_go() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: see the contract at the top.
+    unsafe {
+        libc::malloc_trim(0);
+    }
     // SAFETY: see the contract at the top; `each` does not unwind.
     unsafe { libc::dl_iterate_phdr(Some(each), std::ptr::null_mut()) };
 }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::OFlag;
 
-/// One write, from a multiple of it on. Also the most that a kill loses of what the fetcher has seen, a connection.
+/// One write, from a multiple of it on. A kill loses at most two of them a connection: one that is filled, one that the disk takes.
 pub const BLOCK: usize = 256 << 10;
 /// Of memory and of places in a file: no disk is known that asks for more.
 const ALIGN: usize = 4096;
@@ -28,6 +28,14 @@ pub struct Block {
     /// Of the memory: where it is aligned.
     filled: Range<usize>,
     home: Arc<Blocks>,
+}
+
+/// What became of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Past {
+    Written,
+    /// It must go through the cache, whatever lies at its place now.
+    Not,
 }
 
 /// A blob's second descriptor.
@@ -95,18 +103,18 @@ impl Direct {
         takes.then(|| Block::new(self.blocks.clone()))
     }
 
-    /// False: this file system would not, and nothing can be said of what lies there now. Blocks as the disk does.
-    pub fn write(&self, block: &Block, from: u64) -> io::Result<bool> {
+    /// Blocks as the disk does.
+    pub fn write(&self, block: &Block, from: u64) -> io::Result<Past> {
         if !block.is_full() || self.refused.load(Ordering::Relaxed) {
-            return Ok(false);
+            return Ok(Past::Not);
         }
         match self.file.write_all_at(block, from) {
-            Ok(()) => Ok(true),
+            Ok(()) => Ok(Past::Written),
             Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => {
                 // Asks for a larger alignment, or wrote a part and could not go on from there.
                 self.refused.store(true, Ordering::Relaxed);
                 tracing::debug!(%error, "no direct I/O");
-                Ok(false)
+                Ok(Past::Not)
             }
             Err(error) => Err(error),
         }
@@ -147,9 +155,9 @@ mod tests {
         assert!(direct.block_at(1).is_none());
         let mut block = direct.block_at(BLOCK as u64).unwrap();
         block.fill(&vec![7; BLOCK - 1]);
-        assert!(!direct.write(&block, 0).unwrap());
+        assert_eq!(direct.write(&block, 0).unwrap(), Past::Not);
         block.fill(&[8]);
-        assert!(direct.write(&block, BLOCK as u64).unwrap());
+        assert_eq!(direct.write(&block, BLOCK as u64).unwrap(), Past::Written);
         let content = std::fs::read(dir.path().join("x")).unwrap();
         assert_eq!((content.len(), content[BLOCK], content[2 * BLOCK - 1]), (2 * BLOCK, 7, 8));
     }
@@ -161,8 +169,8 @@ mod tests {
         let direct = open(dir.path());
         let mut block = direct.block_at(0).unwrap();
         block.fill(&vec![7; BLOCK]);
-        assert!(!direct.write(&block, 1 << 63).unwrap(), "pwrite(2): a negative place");
+        assert_eq!(direct.write(&block, 1 << 63).unwrap(), Past::Not, "pwrite(2): a negative place");
         assert!(direct.block_at(0).is_none());
-        assert!(!direct.write(&block, 0).unwrap());
+        assert_eq!(direct.write(&block, 0).unwrap(), Past::Not);
     }
 }

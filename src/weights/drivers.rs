@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! lane ─ step ─►┐
-//! lane ─ step ─►├─ when no lane has news any more: the oldest step and one of another file are written and hashed
+//! lane ─ step ─►├─ when no lane has news any more: the oldest step and one of another file are hashed, and written by their lanes
 //! lane ─ step ─►┘
 //! ```
 //!
@@ -36,11 +36,16 @@ struct Driver {
 /// The end of a lane. Dropped, it stops the lane where it is.
 pub type Ending<T> = oneshot::Receiver<T>;
 
+/// Tasks that drive at most so many lanes at once.
+pub fn how_many(lanes: usize) -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    lanes.clamp(1, processors)
+}
+
 impl Drivers {
     /// For at most so many lanes at once. They end when this is dropped and their lanes are through. Must be called within a runtime.
     pub fn start(lanes: usize) -> Self {
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Self::of(lanes.clamp(1, processors), lanes)
+        Self::of(how_many(lanes), lanes)
     }
 
     fn of(drivers: usize, lanes: usize) -> Self {
@@ -117,25 +122,25 @@ impl Drop for Counted {
     }
 }
 
-/// Where the lanes of one driver bring what is to be written and hashed, oldest first.
+/// Where the lanes of one driver bring what is to be hashed, oldest first.
 #[derive(Debug, Default)]
 pub struct Steps(Mutex<Vec<Waiting>>);
 
 #[derive(Debug)]
 struct Waiting {
     step: Step,
-    done: oneshot::Sender<std::io::Result<()>>,
+    done: oneshot::Sender<Hashed>,
 }
 
 impl Steps {
-    /// Has the step written and hashed, before this driver's lanes wait for the network again.
-    pub async fn put(&self, step: Step) -> std::io::Result<()> {
+    /// Has the step hashed, before this driver's lanes wait for the network again.
+    pub async fn hash(&self, step: Step) -> std::io::Result<Hashed> {
         let (done, end) = oneshot::channel();
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(Waiting { step, done });
-        end.await.unwrap_or_else(|gone| Err(std::io::Error::other(gone)))
+        end.await.map_err(std::io::Error::other)
     }
 
-    /// Hashes the oldest step, and a mate's with it, and has them written. False: there was none. Blocks as the page cache does.
+    /// Hashes the oldest step, and a mate's with it. False: there was none.
     fn settle(&self) -> bool {
         let (first, mate) = {
             let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -146,25 +151,15 @@ impl Steps {
             let mate = waiting.iter().position(|other| first.step.pairs_with(&other.step));
             (first, mate.map(|at| waiting.remove(at)))
         };
+        // Who asked may be gone.
         match mate {
-            None => settle_one(first.step.hash(), first.done),
+            None => drop(first.done.send(first.step.hash())),
             Some(mate) => {
                 let [one, other] = Step::hash_both([first.step, mate.step]);
-                settle_one(one, first.done);
-                settle_one(other, mate.done);
+                drop((first.done.send(one), mate.done.send(other)));
             }
         }
         true
-    }
-}
-
-/// What waits for the disk does so in a thread of its own: meanwhile this driver's other lanes go on.
-fn settle_one(step: Hashed, done: oneshot::Sender<std::io::Result<()>>) {
-    // Who asked may be gone; the bytes count all the same.
-    if step.is_for_the_disk() {
-        tokio::task::spawn_blocking(move || drop(done.send(step.write())));
-    } else {
-        drop(done.send(step.write()));
     }
 }
 
@@ -202,26 +197,31 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn steps_of_two_files_are_put_together_and_those_of_one_in_their_order() {
+    async fn steps_of_two_files_are_hashed_together_and_those_of_one_in_their_order() {
         let dir = tempfile::tempdir().unwrap();
         let (one, mut to_one, mut first) = blob(dir.path(), "a", 2);
         let (other, mut to_other, mut second) = blob(dir.path(), "b", 1);
         let (more, mut to_more, mut third) = blob(dir.path(), "c", 1);
         let steps = Steps::default();
-        let next = |writer: &mut Writer, bytes: &mut Bytes| steps.put(writer.next(bytes).unwrap()).boxed_local();
-        let mut puts =
+        let next = |writer: &mut Writer, bytes: &mut Bytes| steps.hash(writer.next(bytes).unwrap()).boxed_local();
+        let mut hashed =
             [next(&mut to_one, &mut first), next(&mut to_other, &mut second), next(&mut to_more, &mut third)];
-        let waits: Vec<bool> = puts.iter_mut().map(|put| put.now_or_never().is_none()).collect();
-        assert_eq!(waits, [true; 3]);
+        let mut look = || hashed.each_mut().map(|step| step.now_or_never().map(Result::unwrap));
+        assert!(look().iter().all(Option::is_none));
         assert!(steps.settle());
-        let waits: Vec<bool> = puts.iter_mut().map(|put| put.now_or_never().is_none()).collect();
-        assert_eq!(waits, [false, false, true], "the oldest and its mate");
+        let [a, b, c] = look();
+        assert!(c.is_none(), "the oldest and its mate");
         assert!(steps.settle());
-        assert!((&mut puts[2]).now_or_never().unwrap().is_ok(), "nobody waits for a mate");
+        // What has come to its end is not asked again.
+        let c = (&mut hashed[2]).now_or_never().expect("nobody waits for a mate").unwrap();
         assert!(!steps.settle());
-        drop(puts);
+        drop(hashed);
+        to_one.put(a.unwrap()).await.unwrap();
+        to_other.put(b.unwrap()).await.unwrap();
+        to_more.put(c).await.unwrap();
         assert_eq!((one.have(), other.is_whole(), more.is_whole()), (STEP as u64, true, true));
-        to_one.next(&mut first).unwrap().hash().write().unwrap();
+        let last = to_one.next(&mut first).unwrap().hash();
+        to_one.put(last).await.unwrap();
         for (partial, name) in [(one, "a"), (other, "b"), (more, "c")] {
             assert_eq!(partial.finish(&dir.path().join(name)).await.unwrap(), Finished::Right, "{name}");
         }

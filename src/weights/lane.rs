@@ -153,7 +153,7 @@ impl Work {
         steps: &Steps,
     ) -> std::io::Result<Result<(), Fault>> {
         let received = self.receive(way, writer, end, stream, steps).await?;
-        writer.flush()?;
+        writer.flush().await?;
         Ok(received)
     }
 
@@ -185,7 +185,7 @@ impl Work {
                         self.found.forget();
                         return Ok(Err(Fault::again(format!("stalled: no byte for {} s", stall.as_secs_f32()))));
                     }
-                    writer.flush()?;
+                    writer.flush().await?;
                     bell.as_mut().reset((last + stall).min(now + HOLD));
                     continue;
                 }
@@ -202,7 +202,7 @@ impl Work {
             let length = chunk.len() as u64;
             self.repo.rate.take(length).await;
             while let Some(step) = writer.next(&mut chunk) {
-                steps.put(step).await?;
+                writer.put(steps.hash(step).await?).await?;
             }
             self.slot.add(length);
             last = Instant::now();

@@ -62,6 +62,7 @@ use crate::config::{self, Config, Download, IoPriority, ModelSource};
 
 pub use cache::Access;
 use cache::RepoCache;
+pub use drivers::how_many as drivers;
 pub use error::{FetchError, Retry, bytes};
 pub use fetch::fetch;
 pub use hold::Hold;

@@ -6,10 +6,11 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use bytes::{Buf as _, Bytes, BytesMut};
+use tokio::task::JoinHandle;
 
 use super::direct_io::Block;
 use super::verify::Hasher;
-use super::write::Partial;
+use super::write::{Partial, Taken};
 
 /// What is written at once through the page cache, from a multiple of it on: whole large folios. Measured on ext4: 0.31 CPU
 /// s/GB (256 KiB: 0.28), where steps of 32 KiB take 0.42 and of 4 KiB 1.2.
@@ -25,6 +26,8 @@ pub struct Writer {
     block: Option<Block>,
     /// What follows, where there is no block, on its way through it; never a whole step.
     held: BytesMut,
+    /// The block that the disk is taking. One at a time: of a range counts what is there from its beginning on.
+    writing: Option<JoinHandle<std::io::Result<()>>>,
 }
 
 /// Bytes of a blob that are to be hashed, if the hash stands there, and written.
@@ -46,10 +49,7 @@ pub(super) enum StepBytes {
 /// A step whose bytes are in the hash, if that stood there.
 #[derive(Debug)]
 #[must_use = "bytes that nobody writes are lost"]
-pub struct Hashed {
-    step: Step,
-    hasher: Option<Hasher>,
-}
+pub struct Hashed(Step);
 
 impl Deref for StepBytes {
     type Target = [u8];
@@ -64,7 +64,7 @@ impl Deref for StepBytes {
 
 impl Writer {
     pub(super) fn new(partial: Arc<Partial>, range: usize, from: u64) -> Self {
-        Self { partial, range, cut: from, block: None, held: BytesMut::new() }
+        Self { partial, range, cut: from, block: None, held: BytesMut::new(), writing: None }
     }
 
     /// Where the next byte goes.
@@ -72,8 +72,8 @@ impl Writer {
         self.cut + self.block.as_ref().map_or(self.held.len(), |block| block.len()) as u64
     }
 
-    /// The next whole step, with bytes from the beginning of these; none: all of them are taken. A step must be put before
-    /// the next one is asked for.
+    /// The next whole step, with bytes from the beginning of these; none: all of them are taken. A step must be hashed and
+    /// put before the next one is asked for.
     pub fn next(&mut self, bytes: &mut Bytes) -> Option<Step> {
         if self.at() == self.cut && !bytes.is_empty() {
             self.block = self.partial.block_at(self.cut);
@@ -95,8 +95,33 @@ impl Writer {
         (first.len() == room).then(|| self.rest())
     }
 
+    /// Writes a step behind the one that was put before. A block is on its way to the disk when this returns, anything else is
+    /// in the page cache, which blocks as that does.
+    pub async fn put(&mut self, step: Hashed) -> std::io::Result<()> {
+        self.settled().await?;
+        if matches!(step.0.bytes, StepBytes::Block(_)) {
+            self.writing = Some(tokio::task::spawn_blocking(move || step.write()));
+            Ok(())
+        } else {
+            step.write()
+        }
+    }
+
+    /// Waits until what was put is at its place.
+    async fn settled(&mut self) -> std::io::Result<()> {
+        let Some(writing) = &mut self.writing else { return Ok(()) };
+        let written = writing.await;
+        self.writing = None;
+        written.unwrap_or_else(|join| Err(std::io::Error::other(join)))
+    }
+
     /// Writes what is held.
-    pub fn flush(&mut self) -> std::io::Result<()> {
+    pub async fn flush(&mut self) -> std::io::Result<()> {
+        self.settled().await?;
+        self.write_held()
+    }
+
+    fn write_held(&mut self) -> std::io::Result<()> {
         if self.at() == self.cut { Ok(()) } else { self.rest().hash().write() }
     }
 
@@ -117,33 +142,45 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        // Stopped half-way: without it these few bytes are fetched again.
-        let _ = self.flush();
+        // Stopped half-way: without it these few bytes are fetched again. Behind a block that may not be there yet they must be.
+        if self.writing.is_none() {
+            let _ = self.write_held();
+        }
     }
 }
 
 impl Step {
     pub fn hash(self) -> Hashed {
-        let mut hashed = self.begin();
-        hashed.feed();
-        hashed
+        let taken = self.partial.hasher_at(self.from);
+        self.feed(taken);
+        Hashed(self)
     }
 
     /// Both, together where both are to be hashed.
-    pub fn hash_both(steps: [Self; 2]) -> [Hashed; 2] {
-        let mut both = steps.map(Self::begin);
-        match &mut both {
-            [Hashed { step: one, hasher: Some(a) }, Hashed { step: other, hasher: Some(b) }] => {
-                Hasher::update_both([a, b], [&one.bytes, &other.bytes]);
+    pub fn hash_both([one, other]: [Self; 2]) -> [Hashed; 2] {
+        match [&one, &other].map(|step| step.partial.hasher_at(step.from)) {
+            [Some(mut a), Some(mut b)] => {
+                Hasher::update_both([&mut a.hasher, &mut b.hasher], [&one.bytes, &other.bytes]);
+                one.partial.bring_back(a, one.end());
+                other.partial.bring_back(b, other.end());
             }
-            both => both.iter_mut().for_each(Hashed::feed),
+            [a, b] => {
+                one.feed(a);
+                other.feed(b);
+            }
         }
-        both
+        [Hashed(one), Hashed(other)]
     }
 
-    fn begin(self) -> Hashed {
-        let hasher = self.partial.hasher_at(self.from);
-        Hashed { step: self, hasher }
+    fn end(&self) -> u64 {
+        self.from + self.bytes.len() as u64
+    }
+
+    fn feed(&self, taken: Option<Taken>) {
+        if let Some(mut taken) = taken {
+            taken.hasher.update(&self.bytes);
+            self.partial.bring_back(taken, self.end());
+        }
     }
 
     /// Whether both could be hashed, each into a hash of its own.
@@ -155,26 +192,10 @@ impl Step {
 }
 
 impl Hashed {
-    fn feed(&mut self) {
-        if let Some(hasher) = &mut self.hasher {
-            hasher.update(&self.step.bytes);
-        }
-    }
-
-    /// Whether writing it waits for the disk itself.
-    pub fn is_for_the_disk(&self) -> bool {
-        matches!(self.step.bytes, StepBytes::Block(_))
-    }
-
     /// Blocks as the disk does.
-    pub fn write(self) -> std::io::Result<()> {
-        let Self { step: Step { partial, range, from, bytes }, hasher } = self;
-        if let Err(error) = partial.write(from, &bytes) {
-            if hasher.is_some() {
-                partial.hash_anew();
-            }
-            return Err(error);
-        }
-        partial.written(range, from..from + bytes.len() as u64, hasher)
+    fn write(self) -> std::io::Result<()> {
+        let Self(step) = self;
+        step.partial.write(step.from, &step.bytes)?;
+        step.partial.written(step.range, step.from..step.end())
     }
 }
