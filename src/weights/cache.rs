@@ -89,12 +89,7 @@ impl RepoCache {
 
     /// Where a blob grows.
     pub fn growing(&self, hash: &Hash) -> Paths {
-        let beside = |end: &str| self.dir().join("blobs").join(format!("{}.{end}", hash.hex()));
-        Paths {
-            data: beside("sglangd.incomplete"),
-            journal: beside("sglangd.ranges.incomplete"),
-            foreign: beside("incomplete"),
-        }
+        Paths::beside(&self.dir().join("blobs").join(hash.hex()))
     }
 
     pub fn lock(&self, hash: &Hash) -> PathBuf {

@@ -185,11 +185,7 @@ mod tests {
         let mut hasher = Hasher::new(&Hash::Sha256(String::new()), 0);
         hasher.update(&content);
         let (name, size) = (name.to_owned(), content.len() as u64);
-        let paths = Paths {
-            data: dir.join("blobs").join(&name),
-            journal: dir.join("blobs").join(format!("{name}.ranges")),
-            foreign: dir.join("blobs").join(format!("{name}.foreign")),
-        };
+        let paths = Paths::beside(&dir.join("blobs").join(&name));
         let hash = Hash::Sha256(hasher.hex());
         let partial = Partial::open(paths, &RemoteFile { name, size, hash, transport: Transport::Http }, None).unwrap();
         let writer = partial.writer(0).unwrap();

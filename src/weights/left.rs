@@ -1,7 +1,7 @@
 //! What an earlier run left of a blob: its own file with gaps and the journal of them, or another tool's beginning.
 
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::journal;
 use super::ranges::Ranges;
@@ -14,6 +14,22 @@ pub struct Paths {
     pub journal: PathBuf,
     /// huggingface_hub's and hf-hub's: always a beginning. Taken over when there is none of ours.
     pub foreign: PathBuf,
+}
+
+impl Paths {
+    /// Of the blob that is to lie there.
+    pub fn beside(blob: &Path) -> Self {
+        let beside = |end: &str| {
+            let mut path = blob.as_os_str().to_owned();
+            path.push(end);
+            PathBuf::from(path)
+        };
+        Self {
+            data: beside(".sglangd.incomplete"),
+            journal: beside(".sglangd.ranges.incomplete"),
+            foreign: beside(".incomplete"),
+        }
+    }
 }
 
 /// Bytes of a file that an earlier run left; none: it left nothing.

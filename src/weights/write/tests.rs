@@ -25,11 +25,7 @@ fn noise(bytes: u32) -> (Vec<u8>, RemoteFile) {
 }
 
 fn paths(dir: &Path) -> Paths {
-    Paths {
-        data: dir.join("blobs/x.sglangd.incomplete"),
-        journal: dir.join("blobs/x.sglangd.ranges.incomplete"),
-        foreign: dir.join("blobs/x.incomplete"),
-    }
+    Paths::beside(&dir.join("blobs/x"))
 }
 
 async fn put(partial: &Arc<Partial>, from: u64, bytes: &[u8]) {
