@@ -14,10 +14,10 @@ use bytes::Bytes;
 use http::header::{CONNECTION, DATE};
 use http::request::Parts;
 use http::{Method, Response, Version};
-use http_body::{Body as _, Frame};
+use http_body::Body as _;
 use hyper::rt::Write;
 
-use super::answer::{Answer, Interrupted};
+use super::answer::{Answer, Door, Interrupted};
 use super::date;
 use super::line::Line;
 use super::tap::Tap;
@@ -79,12 +79,17 @@ pub async fn write(tap: &mut Tap, wire: &Wire, response: Response<Answer>) -> Re
     poll_fn(|cx| {
         loop {
             if out.takes_event() {
-                match Pin::new(&mut answer).poll_frame(cx) {
+                // Nothing may overtake the head.
+                let mut door = if out.head.is_empty() { wire.in_clear().map(Door::new) } else { None };
+                match answer.poll_piece(cx, door.as_mut()) {
                     Poll::Pending if out.is_out() => return Poll::Pending,
                     // The head goes alone, before an event that may be long in coming.
                     Poll::Pending => {}
                     Poll::Ready(None) => out.end(),
-                    Poll::Ready(Some(frame)) => out.event(frame?, &answer),
+                    Poll::Ready(Some(piece)) => {
+                        out.event(piece?, &answer);
+                        out.go_on(door);
+                    }
                 }
             }
             if out.poll(tap, cx)?.is_pending() {
@@ -177,19 +182,28 @@ impl SizeLine {
 }
 
 impl Out {
-    /// Nothing of it is written yet but maybe a head, which waits for its first event.
+    /// Nothing is on its way but maybe a head, which waits for its first event.
     fn takes_event(&self) -> bool {
-        self.written == 0 && self.tail.is_empty()
+        self.written == 0 && self.data.is_empty() && self.tail.is_empty()
     }
 
-    fn event(&mut self, frame: Frame<Bytes>, answer: &Answer) {
-        // Trailers are dropped, and an empty chunk would be the last one.
-        let Some(data) = frame.into_data().ok().filter(|data| !data.is_empty()) else { return };
+    fn event(&mut self, data: Bytes, answer: &Answer) {
+        // An empty chunk would be the last one.
+        if data.is_empty() {
+            return;
+        }
         self.size = SizeLine::of(data.len());
         self.data = data;
         self.tail = CHUNK_END;
         if answer.is_end_stream() {
             self.end();
+        }
+    }
+
+    /// What did not go through the door, framed as it is.
+    fn go_on(&mut self, door: Option<Door<'_>>) {
+        if let Some(door) = door.filter(|_| self.data.is_empty()) {
+            self.data = door.into_rest();
         }
     }
 

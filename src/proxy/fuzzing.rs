@@ -141,9 +141,14 @@ fn decoded(bytes: &[u8], step: usize) -> Result<(Vec<u8>, bool, usize), Malforme
     let mut decoder = Decoder::new(Framing::Chunked);
     let (mut payload, mut surplus) = (Vec::new(), 0);
     for piece in bytes.chunks(step) {
-        let mut piece = piece.to_vec();
-        let found = decoder.decode(&mut piece)?;
-        payload.extend_from_slice(&piece[..found.payload]);
+        let one = decoder.one_chunk(piece).map(|payload| &piece[payload]);
+        let mut decoded = piece.to_vec();
+        let found = decoder.decode(&mut decoded)?;
+        if let Some(one) = one {
+            assert_eq!((one, 0), (&decoded[..found.payload], found.surplus), "said to be one chunk");
+            assert!(!decoder.is_done(), "a last chunk passed for one of many");
+        }
+        payload.extend_from_slice(&decoded[..found.payload]);
         surplus += found.surplus;
     }
     Ok((payload, decoder.is_done(), surplus))

@@ -11,6 +11,7 @@
 //!                                   └── the last event is out ──► (broken)
 //! ```
 
+mod door;
 mod early;
 pub mod head;
 mod parting;
@@ -24,6 +25,7 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
+pub use door::Door;
 pub use early::{Early, Work};
 use parting::Parting;
 pub use relay::{Relay, Shape, Source};
@@ -60,6 +62,8 @@ pub enum Answer {
 /// What an answer comes to next.
 pub enum Next {
     Bytes(Bytes),
+    /// A piece that has gone through the door.
+    Passed,
     End,
     /// The rest is told by another.
     Becomes(Answer),
@@ -74,6 +78,43 @@ impl Answer {
     pub fn is_endless(&self) -> bool {
         matches!(self, Self::Engine(relay) if relay.is_stream())
     }
+
+    /// The next piece: nothing is in it where it went through the door.
+    pub fn poll_piece(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut door: Option<&mut Door<'_>>,
+    ) -> Poll<Option<Result<Bytes, Interrupted>>> {
+        loop {
+            let (next, call) = match self {
+                Self::Own(body) => return Poll::Ready(body.take().map(Ok)),
+                Self::Broken | Self::Tunnel(_) => return Poll::Ready(None),
+                Self::Parting(parting) => match ready!(parting.poll(cx)) {
+                    Ok(event) => return Poll::Ready(Some(Ok(event))),
+                    Err(why) => {
+                        *self = Self::Broken;
+                        return Poll::Ready(Some(Err(why)));
+                    }
+                },
+                Self::Engine(relay) => (ready!(relay.poll(cx, door.as_deref_mut())), relay.call()),
+                Self::Early(early) => (ready!(early.poll(cx)), early.call()),
+            };
+            match next {
+                Next::Passed => return Poll::Ready(Some(Ok(Bytes::new()))),
+                Next::Bytes(bytes) => return Poll::Ready(Some(Ok(bytes))),
+                Next::End => return Poll::Ready(None),
+                Next::Becomes(answer) => *self = answer,
+                Next::Breaks(event, why) => {
+                    let parting = Parting::new(Rc::clone(call), event, why);
+                    *self = Self::Parting(Box::new(parting));
+                }
+                Next::Left => {
+                    *self = Self::Broken;
+                    return Poll::Ready(Some(Err(Interrupted::Left)));
+                }
+            }
+        }
+    }
 }
 
 impl Body for Answer {
@@ -81,35 +122,7 @@ impl Body for Answer {
     type Error = Interrupted;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Interrupted>>> {
-        let this = self.get_mut();
-        loop {
-            let (next, call) = match this {
-                Self::Own(body) => return Poll::Ready(body.take().map(|bytes| Ok(Frame::data(bytes)))),
-                Self::Broken | Self::Tunnel(_) => return Poll::Ready(None),
-                Self::Parting(parting) => match ready!(parting.poll(cx)) {
-                    Ok(event) => return Poll::Ready(Some(Ok(Frame::data(event)))),
-                    Err(why) => {
-                        *this = Self::Broken;
-                        return Poll::Ready(Some(Err(why)));
-                    }
-                },
-                Self::Engine(relay) => (ready!(relay.poll(cx)), relay.call()),
-                Self::Early(early) => (ready!(early.poll(cx)), early.call()),
-            };
-            match next {
-                Next::Bytes(bytes) => return Poll::Ready(Some(Ok(Frame::data(bytes)))),
-                Next::End => return Poll::Ready(None),
-                Next::Becomes(answer) => *this = answer,
-                Next::Breaks(event, why) => {
-                    let parting = Parting::new(Rc::clone(call), event, why);
-                    *this = Self::Parting(Box::new(parting));
-                }
-                Next::Left => {
-                    *this = Self::Broken;
-                    return Poll::Ready(Some(Err(Interrupted::Left)));
-                }
-            }
-        }
+        self.get_mut().poll_piece(cx, None).map_ok(Frame::data)
     }
 
     fn is_end_stream(&self) -> bool {

@@ -18,7 +18,7 @@ use http_body::SizeHint;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::{Interrupted, Next};
+use super::{Door, Interrupted, Next};
 use crate::admission::Ticket;
 use crate::proxy::call::Call;
 use crate::proxy::error::{keep_alive, last_event};
@@ -153,7 +153,7 @@ impl Relay {
         self.shape = Shape::Stream;
     }
 
-    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
+    pub fn poll(&mut self, cx: &mut Context<'_>, door: Option<&mut Door<'_>>) -> Poll<Next> {
         if self.course != Course::Open {
             return Poll::Ready(Next::End);
         }
@@ -161,7 +161,7 @@ impl Relay {
             return Poll::Ready(self.break_off(Interrupted::Cut(reason)));
         }
         // Whether the client has left is asked where there is nothing to give it: a write tells as well.
-        if let Poll::Ready(next) = self.poll_data(cx) {
+        if let Poll::Ready(next) = self.poll_data(cx, door) {
             return Poll::Ready(next);
         }
         ready!(self.call.line().poll_left(cx));
@@ -170,11 +170,11 @@ impl Relay {
         Poll::Ready(Next::Left)
     }
 
-    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
+    fn poll_data(&mut self, cx: &mut Context<'_>, mut door: Option<&mut Door<'_>>) -> Poll<Next> {
         if !self.rest.is_empty() {
             let mut rest = std::mem::take(&mut self.rest);
-            match self.take(&mut rest) {
-                Ok(Some(bytes)) => return Poll::Ready(Next::Bytes(bytes)),
+            match self.take(&mut rest, None) {
+                Ok(Some(next)) => return Poll::Ready(next),
                 Ok(None) => {}
                 Err(why) => return Poll::Ready(self.break_off(why)),
             }
@@ -187,12 +187,12 @@ impl Relay {
                 let Some(stream) = &self.stream else { return Poll::Pending };
                 Poll::Ready(match ready!(poll_read_once(stream, cx, buffer)) {
                     Ok(0) => Ok(None),
-                    Ok(read) => self.take(&mut buffer[..read]).map(Some),
+                    Ok(read) => self.take(&mut buffer[..read], door.as_deref_mut()).map(Some),
                     Err(error) => Err(Interrupted::Engine(error)),
                 })
             });
             match read {
-                Poll::Ready(Ok(Some(Some(bytes)))) => return Poll::Ready(Next::Bytes(bytes)),
+                Poll::Ready(Ok(Some(Some(next)))) => return Poll::Ready(next),
                 Poll::Ready(Ok(Some(None))) => {}
                 Poll::Ready(Ok(None)) if self.decoder.ends_with_connection() => {
                     self.reuse = Reuse::No;
@@ -222,7 +222,14 @@ impl Relay {
     }
 
     /// Bytes of a body, still framed, in `buffer`.
-    fn take(&mut self, buffer: &mut [u8]) -> Result<Option<Bytes>, Interrupted> {
+    fn take(&mut self, buffer: &mut [u8], door: Option<&mut Door<'_>>) -> Result<Option<Next>, Interrupted> {
+        if let Some(door) = door
+            && let Some(payload) = self.decoder.one_chunk(buffer)
+        {
+            door.pass(buffer);
+            self.observe(&buffer[payload]);
+            return Ok(Some(Next::Passed));
+        }
         let decoded = self
             .decoder
             .decode(buffer)
@@ -231,6 +238,16 @@ impl Relay {
             self.reuse = Reuse::No;
         }
         let payload = &buffer[..decoded.payload];
+        self.observe(payload);
+        let next = (!payload.is_empty()).then(|| Next::Bytes(Bytes::copy_from_slice(payload)));
+        if self.decoder.is_done() {
+            self.complete();
+        }
+        Ok(next)
+    }
+
+    /// Counts what has come.
+    fn observe(&mut self, payload: &[u8]) {
         let worker = self.call.worker();
         worker.counters.bytes_out.fetch_add(payload.len() as u64, Relaxed);
         self.heard = Instant::now();
@@ -245,11 +262,6 @@ impl Relay {
                 }
             }
         }
-        let bytes = (!payload.is_empty()).then(|| Bytes::copy_from_slice(payload));
-        if self.decoder.is_done() {
-            self.complete();
-        }
-        Ok(bytes)
     }
 
     /// The answer is whole: its place and its connection are free before the client has read it.

@@ -127,6 +127,15 @@ impl Socket {
         }
     }
 
+    /// As much as the kernel takes at once. Who gets less back asks [`Self::poll_write`], which is woken and tells errors.
+    pub fn write_now(&self, bytes: &[u8]) -> usize {
+        let written = match self {
+            Self::Tcp(stream) => stream.try_write(bytes),
+            Self::Unix(stream) => stream.try_write(bytes),
+        };
+        written.unwrap_or(0)
+    }
+
     pub fn poll_write_vectored(&self, cx: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
         match self {
             Self::Tcp(stream) => poll_write_with(stream, cx, |stream| stream.try_write_vectored(slices)),

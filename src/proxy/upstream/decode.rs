@@ -3,6 +3,12 @@
 //! Works in place on whatever has just been read, keeps no byte, and does no I/O. The payload comes
 //! out byte for byte; chunk boundaries and trailers do not.
 
+use std::ops::Range;
+
+/// Digits of a chunk's size and the byte behind them, for a chunk that may go as it came: no buffer here holds more.
+const LONGEST_SIZE: usize = 8;
+const CRLF: &[u8] = b"\r\n";
+
 /// How the engine said the body ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Framing {
@@ -63,6 +69,20 @@ impl Decoder {
     /// Whether the connection's end is the body's proper end.
     pub fn ends_with_connection(&self) -> bool {
         matches!(self.0, State::Close | State::Done)
+    }
+
+    /// Where the payload stands, if these bytes are one whole chunk and nothing else: as engines write an event. Then
+    /// nothing changes here, and the bytes may go to another reader of chunks as they are.
+    pub fn one_chunk(&self, bytes: &[u8]) -> Option<Range<usize>> {
+        if self.0 != (State::Size { value: 0, digits: 0 }) {
+            return None;
+        }
+        let digits = bytes.iter().take(LONGEST_SIZE).position(|byte| !byte.is_ascii_hexdigit())?;
+        let digit = |byte: &u8| (*byte as char).to_digit(16).map_or(0, |digit| digit as usize);
+        let size = bytes[..digits].iter().fold(0, |size, byte| size << 4 | digit(byte));
+        let from = digits + CRLF.len();
+        let framed = size > 0 && bytes[digits..].starts_with(CRLF) && bytes.get(from + size..)? == CRLF;
+        framed.then_some(from..from + size)
     }
 
     pub fn decode(&mut self, bytes: &mut [u8]) -> Result<Decoded, Malformed> {
@@ -171,6 +191,38 @@ mod tests {
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), cuts in proptest::collection::vec(any::<usize>(), 0..9)) {
             let _ = decode(Framing::Chunked, &bytes, &cuts);
+        }
+    }
+
+    proptest! {
+        /// Whatever is told to be one chunk is that for the decoder too: its payload, no more, and the next chunk's size awaited.
+        #[test]
+        fn one_chunk_is_what_the_decoder_takes_for_one(
+            size in "[0-9a-fA-F+; ]{0,4}", end in "(\r\n|\n|\r)", body in proptest::collection::vec(any::<u8>(), 0..40),
+            tail in "(\r\n){0,2}", matching in any::<bool>(),
+        ) {
+            let size = if matching { format!("{:x}", body.len()) } else { size };
+            let mut wire = [size.as_bytes(), end.as_bytes(), &body, tail.as_bytes()].concat();
+            let mut decoder = Decoder::new(Framing::Chunked);
+            if let Some(payload) = decoder.one_chunk(&wire) {
+                let told = wire[payload].to_vec();
+                prop_assert_eq!(&told, &body);
+                let decoded = decoder.decode(&mut wire);
+                prop_assert_eq!(decoded, Ok(Decoded { payload: told.len(), surplus: 0 }));
+                prop_assert_eq!(decoder.0, State::Size { value: 0, digits: 0 });
+            } else {
+                prop_assert!(!matching || body.is_empty() || end != "\r\n" || tail != "\r\n");
+            }
+        }
+    }
+
+    #[test]
+    fn within_another_chunk_nothing_is_one() {
+        let mut decoder = Decoder::new(Framing::Chunked);
+        decoder.decode(&mut b"a\r\n".to_vec()).unwrap();
+        assert_eq!(decoder.one_chunk(b"5\r\nhello\r\n"), None);
+        for framing in [Framing::Length(10), Framing::Close] {
+            assert_eq!(Decoder::new(framing).one_chunk(b"5\r\nhello\r\n"), None);
         }
     }
 
