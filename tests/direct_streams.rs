@@ -111,6 +111,7 @@ fn an_event_that_comes_as_one_chunk_goes_on_as_it_came() {
 }
 
 /// The kernel takes a part of one, nothing of the next: what is left waits, in its order, and nothing comes twice.
+#[allow(clippy::disallowed_methods)] // sets the pace of engine and reader; what the reader gets does not depend on it
 #[test]
 fn a_reader_that_pauses_gets_every_byte_of_events_that_come_one_by_one() {
     const SIZE: usize = 40 * 1024;

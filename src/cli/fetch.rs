@@ -131,7 +131,7 @@ pub fn run(args: FetchArgs) -> Exit {
             return exit;
         }
     };
-    crate::sys::memory::share_heaps();
+    crate::sys::memory::share_heap();
     let stepped_back = step_back(&request.tuning);
     let _log = logging::init(LogFormat::Text, show.log_level(), logging::RING);
     if let Err(error) = stepped_back {

@@ -12,13 +12,14 @@ use std::time::Duration;
 
 use nix::libc;
 
-/// Threads share two heaps, in place of one each that only its own threads fill again: for a process that hands
-/// buffers from thread to thread. To be called before there are threads; elsewhere than with glibc it does nothing.
-pub fn share_heaps() {
+/// Threads share one heap, in place of one each that only its own threads fill again: for a process that hands large buffers
+/// from thread to thread. What one freed is in the processor's caches yet when another takes it. To be called before there are
+/// threads; elsewhere than with glibc it does nothing.
+pub fn share_heap() {
     #[cfg(target_env = "gnu")]
     // SAFETY: see the contract at the top.
     unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 2);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 
@@ -38,7 +39,7 @@ pub fn let_go_of_start() {
     drop(std::thread::Builder::new().name("let-go".into()).stack_size(SMALL_STACK).spawn(again));
 }
 
-const SETTLED: Duration = Duration::from_secs(1);
+const SETTLED: Duration = Duration::from_millis(200);
 const SMALL_STACK: usize = 64 * 1024;
 
 fn let_go() {

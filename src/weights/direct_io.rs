@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::fcntl::OFlag;
 
 /// One write, from a multiple of it on. A kill loses at most two of them a connection: one that is filled, one that the disk takes.
-pub const BLOCK: usize = 256 << 10;
+pub const BLOCK: usize = 512 << 10;
 /// Of memory and of places in a file: no disk is known that asks for more.
 const ALIGN: usize = 4096;
 
