@@ -42,7 +42,7 @@ pub async fn acquire(path: PathBuf, mut waiting: impl FnMut(&str)) -> Result<Blo
                 tracing::warn!(path = %path.display(), "this file system has no locks: do not fetch twice at once");
                 return Ok(BlobLock { _file: None });
             }
-            Err(TryLockError::Error(error)) => return Err(disk(error)),
+            Err(TryLockError::Error(error)) => return Err(disk(why(error))),
         }
         let holder = holder(&path).unwrap_or_else(|| "a process this one cannot see".to_owned());
         if told.as_deref() != Some(&*holder) {
@@ -55,12 +55,28 @@ pub async fn acquire(path: PathBuf, mut waiting: impl FnMut(&str)) -> Result<Blo
 
 fn open(path: &Path) -> std::io::Result<File> {
     // Group-writable like huggingface_hub's: users who share a cache share its locks.
-    let writing = OpenOptions::new().write(true).create(true).truncate(false).mode(0o664).open(path);
-    match writing {
-        // Another user's: `flock` asks for no right to write.
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => File::open(path),
+    for_writing(OpenOptions::new().create(true).truncate(false).mode(0o664), path)
+}
+
+/// Over NFS only who may write may have a lock for itself (flock(2), "NFS details").
+fn for_writing(options: &mut OpenOptions, path: &Path) -> std::io::Result<File> {
+    match options.write(true).open(path) {
+        // Another user's, or a file system that is read only: elsewhere `flock` asks for no right to write.
+        Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {
+            File::open(path)
+        }
         other => other,
     }
+}
+
+/// The kernel says no more than EBADF.
+fn why(error: std::io::Error) -> std::io::Error {
+    if error.raw_os_error() != Some(libc::EBADF) {
+        return error;
+    }
+    let why = "another user's lock, and this file system (NFS) gives it only to who may write to it: share the cache's group, \
+               or use a cache of your own";
+    std::io::Error::new(ErrorKind::PermissionDenied, why)
 }
 
 fn is_named(file: &File, path: &Path) -> bool {
@@ -70,12 +86,12 @@ fn is_named(file: &File, path: &Path) -> bool {
 
 /// Takes the lock where nobody holds it, without waiting; none: somebody does.
 pub fn try_acquire(path: &Path) -> std::io::Result<Option<BlobLock>> {
-    let file = File::open(path)?;
+    let file = for_writing(&mut OpenOptions::new(), path)?;
     match file.try_lock() {
         Ok(()) => Ok(Some(BlobLock { _file: Some(file) })),
         Err(TryLockError::WouldBlock) => Ok(None),
         Err(TryLockError::Error(error)) if no_locks_here(&error) => Ok(Some(BlobLock { _file: None })),
-        Err(TryLockError::Error(error)) => Err(error),
+        Err(TryLockError::Error(error)) => Err(why(error)),
     }
 }
 
@@ -117,6 +133,14 @@ mod tests {
                      3: FLOCK  ADVISORY  WRITE 14 fd:01:1234 0 EOF\n";
         assert_eq!(pid_of(table, "1234"), Some(14));
         assert_eq!(pid_of(table, "7"), None);
+    }
+
+    #[test]
+    fn h10_over_nfs_a_lock_of_another_users_says_more_than_the_kernel_does() {
+        let said = why(std::io::Error::from_raw_os_error(libc::EBADF));
+        assert_eq!(said.kind(), ErrorKind::PermissionDenied);
+        assert!(said.to_string().contains("NFS") && said.to_string().contains("group"), "{said}");
+        assert_eq!(why(std::io::Error::from_raw_os_error(libc::EIO)).raw_os_error(), Some(libc::EIO));
     }
 
     #[tokio::test]
