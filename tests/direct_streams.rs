@@ -112,23 +112,20 @@ fn an_event_that_comes_as_one_chunk_goes_on_as_it_came() {
 
 /// The kernel takes a part of one, nothing of the next: what is left waits, in its order, and nothing comes twice.
 #[allow(clippy::disallowed_methods)] // sets the pace of engine and reader; what the reader gets does not depend on it
-#[test]
-fn a_reader_that_pauses_gets_every_byte_of_events_that_come_one_by_one() {
-    const SIZE: usize = 40 * 1024;
-    const COUNT: usize = 200;
-    fn event(n: usize) -> Vec<u8> {
+fn a_reader_that_pauses_gets_every_byte(size: usize, count: usize) {
+    let event = move |n: usize| {
         let mut event = format!("data: {n:06}").into_bytes();
-        event.resize(SIZE - 2, b'a' + (n % 26) as u8);
+        event.resize(size - 2, b'a' + (n % 26) as u8);
         event.extend_from_slice(b"\n\n");
         event
-    }
-    let engine = Engine::start(|connection| {
+    };
+    let engine = Engine::start(move |connection| {
         connection.request();
         connection.send(EVENTS);
-        for n in 0..COUNT {
+        for n in 0..count {
             connection.send(chunk(event(n)));
             // So that each is read alone, until the client's and the kernel's buffers are full.
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::sleep(Duration::from_micros(size as u64 / 40));
         }
         connection.send(LAST);
     });
@@ -138,7 +135,18 @@ fn a_reader_that_pauses_gets_every_byte_of_events_that_come_one_by_one() {
     std::thread::sleep(Duration::from_millis(500));
     let answer = client.answer();
     assert_eq!((answer.status, answer.end), (200, End::Complete));
-    assert!(answer.body == (0..COUNT).flat_map(event).collect::<Vec<u8>>(), "{} bytes", answer.body.len());
+    assert!(answer.body == (0..count).flat_map(event).collect::<Vec<u8>>(), "{} bytes", answer.body.len());
+}
+
+#[test]
+fn a_reader_that_pauses_gets_every_byte_of_large_events_that_come_one_by_one() {
+    a_reader_that_pauses_gets_every_byte(40 * 1024, 200);
+}
+
+/// Of those that wait for others which came with them.
+#[test]
+fn a_reader_that_pauses_gets_every_byte_of_small_events_that_come_one_by_one() {
+    a_reader_that_pauses_gets_every_byte(1500, 6000);
 }
 
 #[test]

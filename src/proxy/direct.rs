@@ -8,6 +8,7 @@
 use std::future::poll_fn;
 use std::io::{self, IoSlice, Write as _};
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -73,23 +74,30 @@ pub enum Broken {
 
 /// Writes the whole answer. After an error the connection must be closed: what the client has is no
 /// complete answer, and must not look like one.
-pub async fn write(tap: &mut Tap, wire: &Wire, response: Response<Answer>) -> Result<(), Broken> {
+pub async fn write(tap: &mut Tap, wire: &Rc<Wire>, response: Response<Answer>) -> Result<(), Broken> {
     let (head, mut answer) = begin(response);
     let mut out = Out { head, ..Out::default() };
     poll_fn(|cx| {
+        wire.wakes(cx);
         loop {
             if out.takes_event() {
-                // Nothing may overtake the head.
-                let mut door = if out.head.is_empty() { wire.in_clear().map(Door::new) } else { None };
-                match answer.poll_piece(cx, door.as_mut()) {
-                    Poll::Pending if out.is_out() => return Poll::Pending,
+                // Nothing may overtake what is before it.
+                let door = if out.head.is_empty() && wire.is_written() { Door::of(wire) } else { None };
+                match answer.poll_piece(cx, door) {
+                    Poll::Pending if out.is_out() && wire.is_written() => return Poll::Pending,
                     // The head goes alone, before an event that may be long in coming.
                     Poll::Pending => {}
                     Poll::Ready(None) => out.end(),
                     Poll::Ready(Some(piece)) => {
                         out.event(piece?, &answer);
-                        out.go_on(door);
+                        if out.is_out() {
+                            // Through the door.
+                            continue;
+                        }
                     }
+                }
+                if out.head.is_empty() {
+                    out.head = wire.unwritten();
                 }
             }
             if out.poll(tap, cx)?.is_pending() {
@@ -197,13 +205,6 @@ impl Out {
         self.tail = CHUNK_END;
         if answer.is_end_stream() {
             self.end();
-        }
-    }
-
-    /// What did not go through the door, framed as it is.
-    fn go_on(&mut self, door: Option<Door<'_>>) {
-        if let Some(door) = door.filter(|_| self.data.is_empty()) {
-            self.data = door.into_rest();
         }
     }
 

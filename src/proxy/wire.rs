@@ -18,6 +18,7 @@ use tokio::time::Instant;
 
 use super::answer::Answer;
 use super::framing::Violation;
+use super::outbox;
 use super::transport::counts::Turned;
 use super::transport::socket::Socket;
 use super::transport::tls::Tls;
@@ -72,6 +73,7 @@ pub struct Wire {
     flushes: Cell<u64>,
     flush_waker: Cell<Option<Waker>>,
     leaving: RefCell<Option<Leaving>>,
+    outgoing: Outgoing,
     /// The client has closed its side.
     ended: Cell<bool>,
     /// A request has come.
@@ -85,6 +87,17 @@ pub struct Wire {
     /// Since when no request of it is open.
     idle: Cell<Option<Instant>>,
     stay: Cell<Stay>,
+}
+
+/// What was posted for the client.
+#[derive(Default)]
+struct Outgoing {
+    /// Something is in the outbox.
+    posted: Cell<bool>,
+    /// What the kernel did not take.
+    unwritten: RefCell<Vec<u8>>,
+    /// Who is to write that.
+    writer: Cell<Option<Waker>>,
 }
 
 /// Whether a connection may go on being idle.
@@ -120,6 +133,7 @@ impl Wire {
             flushes: Cell::new(0),
             flush_waker: Cell::new(None),
             leaving: RefCell::new(None),
+            outgoing: Outgoing::default(),
             ended: Cell::new(false),
             asked: Cell::new(false),
             http2: Cell::new(None),
@@ -161,7 +175,56 @@ impl Wire {
         }
     }
 
+    /// Who is to be woken where the kernel does not take what is posted.
+    pub fn wakes(&self, cx: &Context<'_>) {
+        let known = self.outgoing.writer.take().filter(|known| known.will_wake(cx.waker()));
+        self.outgoing.writer.set(Some(known.unwrap_or_else(|| cx.waker().clone())));
+    }
+
+    /// A piece is in the outbox.
+    pub fn posted(&self) {
+        self.outgoing.posted.set(true);
+    }
+
+    /// Hands to the kernel what comes out of the outbox.
+    pub fn deliver(&self, bytes: &[u8]) {
+        self.outgoing.posted.set(false);
+        self.write(bytes);
+    }
+
+    /// Hands these bytes to the kernel, behind what is posted and what it did not take before.
+    pub fn write(&self, bytes: &[u8]) {
+        self.settle();
+        let mut unwritten = self.outgoing.unwritten.borrow_mut();
+        let written = if unwritten.is_empty() { self.socket.write_now(bytes) } else { 0 };
+        if written < bytes.len() {
+            unwritten.extend_from_slice(&bytes[written..]);
+            if let Some(writer) = self.outgoing.writer.take() {
+                writer.wake();
+            }
+        }
+    }
+
+    /// Whether the kernel took all that it was given.
+    pub fn is_written(&self) -> bool {
+        self.outgoing.unwritten.borrow().is_empty()
+    }
+
+    /// What it did not take of all that was posted: to be written before anything else.
+    pub fn unwritten(&self) -> Vec<u8> {
+        self.settle();
+        self.outgoing.unwritten.take()
+    }
+
+    /// Nothing overtakes what is posted.
+    fn settle(&self) {
+        if self.outgoing.posted.get() {
+            outbox::deliver();
+        }
+    }
+
     pub fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.settle();
         match &self.layer {
             Layer::None => self.socket.poll_write(cx, bytes),
             Layer::Tls(tls) => tls.poll_write(cx, bytes),
@@ -169,6 +232,7 @@ impl Wire {
     }
 
     pub fn poll_write_vectored(&self, cx: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        self.settle();
         match &self.layer {
             Layer::None => self.socket.poll_write_vectored(cx, slices),
             Layer::Tls(tls) => tls.poll_write_vectored(cx, slices),
@@ -177,6 +241,7 @@ impl Wire {
 
     /// Hands what was written to the kernel; to be called when the writer has nothing left itself.
     pub fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.settle();
         match &self.layer {
             // A socket holds nothing back above the kernel.
             Layer::None => {}
@@ -189,6 +254,7 @@ impl Wire {
     /// Says that the last byte was written, as the layer says it. A connection that breaks off is not
     /// to be shut down: over TLS the missing goodbye tells the client that something is missing.
     pub fn poll_shutdown(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.settle();
         match &self.layer {
             Layer::None => Poll::Ready(self.socket.shut_write()),
             Layer::Tls(tls) => tls.poll_shutdown(cx),
@@ -206,6 +272,7 @@ impl Wire {
 
     /// Ends the connection so that the client can read the last answer.
     pub async fn close(&self) {
+        self.settle();
         close(Rc::clone(&self.socket)).await;
     }
 

@@ -31,6 +31,7 @@ use super::http2;
 use super::line::{Line, Upload};
 use super::loads;
 use super::metrics::Counters;
+use super::outbox;
 use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
 use super::tap::{Preface, Tap};
@@ -212,6 +213,7 @@ pub fn run(shared: Arc<Shared>, counters: Arc<Counters>, listeners: Vec<Listener
             spawn_local(accept(Rc::clone(&worker), listener.begin()?));
         }
         spawn_local(make_room(Rc::clone(&worker)));
+        spawn_local(outbox::carry());
         loop {
             let snapshot = changes.borrow_and_update().clone();
             worker.change(&snapshot);

@@ -1,31 +1,21 @@
-//! The client's socket while nothing waits before it: an event that comes as one whole chunk goes out from where it was read,
-//! before anything else is done with it. Else it would be copied, framed anew and written in four pieces.
+//! The way to the client while nothing waits before it: an event that comes as one whole chunk goes out as it was read, before
+//! anything else is done with it. Else it would be framed anew and written in four pieces.
 
-use bytes::Bytes;
+use std::rc::Rc;
 
-use crate::proxy::transport::socket::Socket;
+use crate::proxy::outbox;
+use crate::proxy::wire::Wire;
 
-#[derive(Debug)]
-pub struct Door<'a> {
-    client: &'a Socket,
-    /// What the kernel did not take.
-    rest: Bytes,
-}
+#[derive(Debug, Clone, Copy)]
+pub struct Door<'a>(&'a Rc<Wire>);
 
 impl<'a> Door<'a> {
-    pub fn new(client: &'a Socket) -> Self {
-        Self { client, rest: Bytes::new() }
+    /// None: what this client gets is not what was read.
+    pub fn of(client: &'a Rc<Wire>) -> Option<Self> {
+        client.in_clear().map(|_| Self(client))
     }
 
-    /// Once: what it is given must be out before another.
-    pub fn pass(&mut self, framed: &[u8]) {
-        let written = self.client.write_now(framed);
-        if written < framed.len() {
-            self.rest = Bytes::copy_from_slice(&framed[written..]);
-        }
-    }
-
-    pub fn into_rest(self) -> Bytes {
-        self.rest
+    pub fn pass(self, framed: &[u8]) {
+        outbox::post(self.0, framed);
     }
 }

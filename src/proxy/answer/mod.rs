@@ -83,7 +83,7 @@ impl Answer {
     pub fn poll_piece(
         &mut self,
         cx: &mut Context<'_>,
-        mut door: Option<&mut Door<'_>>,
+        door: Option<Door<'_>>,
     ) -> Poll<Option<Result<Bytes, Interrupted>>> {
         loop {
             let (next, call) = match self {
@@ -96,7 +96,7 @@ impl Answer {
                         return Poll::Ready(Some(Err(why)));
                     }
                 },
-                Self::Engine(relay) => (ready!(relay.poll(cx, door.as_deref_mut())), relay.call()),
+                Self::Engine(relay) => (ready!(relay.poll(cx, door)), relay.call()),
                 Self::Early(early) => (ready!(early.poll(cx)), early.call()),
             };
             match next {

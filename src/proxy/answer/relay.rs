@@ -153,7 +153,7 @@ impl Relay {
         self.shape = Shape::Stream;
     }
 
-    pub fn poll(&mut self, cx: &mut Context<'_>, door: Option<&mut Door<'_>>) -> Poll<Next> {
+    pub fn poll(&mut self, cx: &mut Context<'_>, door: Option<Door<'_>>) -> Poll<Next> {
         if self.course != Course::Open {
             return Poll::Ready(Next::End);
         }
@@ -170,7 +170,7 @@ impl Relay {
         Poll::Ready(Next::Left)
     }
 
-    fn poll_data(&mut self, cx: &mut Context<'_>, mut door: Option<&mut Door<'_>>) -> Poll<Next> {
+    fn poll_data(&mut self, cx: &mut Context<'_>, door: Option<Door<'_>>) -> Poll<Next> {
         if !self.rest.is_empty() {
             let mut rest = std::mem::take(&mut self.rest);
             match self.take(&mut rest, None) {
@@ -187,7 +187,7 @@ impl Relay {
                 let Some(stream) = &self.stream else { return Poll::Pending };
                 Poll::Ready(match ready!(poll_read_once(stream, cx, buffer)) {
                     Ok(0) => Ok(None),
-                    Ok(read) => self.take(&mut buffer[..read], door.as_deref_mut()).map(Some),
+                    Ok(read) => self.take(&mut buffer[..read], door).map(Some),
                     Err(error) => Err(Interrupted::Engine(error)),
                 })
             });
@@ -222,7 +222,7 @@ impl Relay {
     }
 
     /// Bytes of a body, still framed, in `buffer`.
-    fn take(&mut self, buffer: &mut [u8], door: Option<&mut Door<'_>>) -> Result<Option<Next>, Interrupted> {
+    fn take(&mut self, buffer: &mut [u8], door: Option<Door<'_>>) -> Result<Option<Next>, Interrupted> {
         if let Some(door) = door
             && let Some(payload) = self.decoder.one_chunk(buffer)
         {
