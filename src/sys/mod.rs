@@ -11,5 +11,6 @@ pub mod proc;
 pub mod receive;
 pub mod seccomp;
 pub mod sha256;
+pub mod slab;
 pub mod spawn;
 pub mod tcp;
