@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
+use super::behind;
 use super::direct_io::{Block, Blocks, Direct, Past};
 use super::journal::{self, Journal};
 use super::left::{Paths, counted, take_over};
@@ -56,6 +57,7 @@ pub(super) struct State {
     pub hashed: u64,
     /// How often the hash began anew, with all bytes or without: who hashes or pushes bytes may still be at those of before.
     pub life: u32,
+    /// Bytes of the page cache that may not be on the disk yet; see [`behind::PAST_CACHE`].
     pub unpushed: u64,
     pub push: Push,
     /// What went wrong off the writers' path.
@@ -183,16 +185,15 @@ impl Partial {
         }
     }
 
-    /// Puts these bytes to their place. Blocks as the disk does.
-    pub(super) fn write(&self, from: u64, bytes: &StepBytes) -> std::io::Result<()> {
+    /// Puts these bytes to their place, past the page cache or not. Blocks as the disk does.
+    pub(super) fn write(&self, from: u64, bytes: &StepBytes) -> std::io::Result<Past> {
         let past = match (&self.direct, bytes) {
             (Some(direct), StepBytes::Block(block)) => direct.write(block, from),
             _ => Ok(Past::Not),
         };
         let written = match past {
-            Ok(Past::Written) => Ok(()),
-            Ok(Past::Not) => self.file.write_all_at(bytes, from),
-            Err(error) => Err(error),
+            Ok(Past::Not) => self.file.write_all_at(bytes, from).map(|()| Past::Not),
+            past => past,
         };
         if written.is_err() {
             // The hash has seen bytes that are not there.
@@ -202,11 +203,14 @@ impl Partial {
     }
 
     /// These bytes, which belong to `range`, are at their place.
-    pub(super) fn written(self: &Arc<Self>, range: usize, bytes: Range<u64>) -> std::io::Result<()> {
+    pub(super) fn written(self: &Arc<Self>, range: usize, bytes: Range<u64>, past: Past) -> std::io::Result<()> {
         let Range { start: from, end: to } = bytes;
         let mut state = self.state();
         state.done.add(from..to);
-        state.unpushed += to - from;
+        state.unpushed += match past {
+            Past::Written => (to - from) / behind::PAST_CACHE,
+            Past::Not => to - from,
+        };
         state.journal.note(range, to)?;
         if let Some(error) = state.trouble.take() {
             return Err(error);

@@ -195,7 +195,7 @@ impl Hashed {
     /// Blocks as the disk does.
     fn write(self) -> std::io::Result<()> {
         let Self(step) = self;
-        step.partial.write(step.from, &step.bytes)?;
-        step.partial.written(step.range, step.from..step.end())
+        let past = step.partial.write(step.from, &step.bytes)?;
+        step.partial.written(step.range, step.from..step.end(), past)
     }
 }

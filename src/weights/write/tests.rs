@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use super::*;
+use crate::weights::direct_io::BLOCK;
 use crate::weights::left::left;
 use crate::weights::plan::Transport;
 
@@ -144,6 +145,20 @@ async fn many_writers(past: Option<Arc<Blocks>>) {
 }
 
 /// A write that fails, of a full disk: its bytes were hashed and are not there.
+/// Else a disk with a cache of its own does little but empty it.
+#[tokio::test]
+async fn what_went_past_the_page_cache_is_pushed_less_often() {
+    let (content, remote) = noise(2 * BLOCK as u32);
+    let mut unpushed = Vec::new();
+    for past in [None, Some(Arc::default())] {
+        let dir = tempfile::tempdir().unwrap();
+        let partial = Partial::open(paths(dir.path()), &remote, past).unwrap();
+        put(&partial, 0, &content[..BLOCK]).await;
+        unpushed.push(partial.state().unpushed);
+    }
+    assert_eq!(unpushed, [BLOCK as u64, BLOCK as u64 / behind::PAST_CACHE]);
+}
+
 #[tokio::test]
 async fn h02_a_hash_that_is_not_brought_back_begins_anew() {
     let dir = tempfile::tempdir().unwrap();
