@@ -157,6 +157,12 @@ mod tests {
         (Wire::plain(Rc::new(Socket::Unix(ours))), theirs)
     }
 
+    async fn client_with_postman() -> (Rc<Wire>, Peer) {
+        spawn_local(carry());
+        yield_now().await;
+        client().await
+    }
+
     fn there(peer: &mut Peer) -> Vec<u8> {
         let mut bytes = Vec::new();
         let _would_block = peer.read_to_end(&mut bytes);
@@ -202,9 +208,7 @@ mod tests {
     async fn neither_too_many_nor_a_long_one_wait_and_none_overtakes() {
         LocalSet::new()
             .run_until(async {
-                let (wire, mut peer) = client().await;
-                spawn_local(carry());
-                yield_now().await;
+                let (wire, mut peer) = client_with_postman().await;
                 for _ in 0..MOST {
                     post(&wire, b"x");
                 }
@@ -223,9 +227,7 @@ mod tests {
     async fn what_the_kernel_does_not_take_is_the_streams_again_in_order() {
         LocalSet::new()
             .run_until(async {
-                let (wire, mut peer) = client().await;
-                spawn_local(carry());
-                yield_now().await;
+                let (wire, mut peer) = client_with_postman().await;
                 let mut sent = Vec::new();
                 while wire.is_written() {
                     let piece = [sent.len() as u8; LONGEST - 1];

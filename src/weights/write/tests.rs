@@ -144,7 +144,6 @@ async fn many_writers(past: Option<Arc<Blocks>>) {
     assert!(std::fs::read(&blob).unwrap() == *content);
 }
 
-/// A write that fails, of a full disk: its bytes were hashed and are not there.
 /// Else a disk with a cache of its own does little but empty it.
 #[tokio::test]
 async fn what_went_past_the_page_cache_is_pushed_less_often() {
@@ -159,6 +158,7 @@ async fn what_went_past_the_page_cache_is_pushed_less_often() {
     assert_eq!(unpushed, [BLOCK as u64, BLOCK as u64 / behind::PAST_CACHE]);
 }
 
+/// A write that fails, of a full disk: its bytes were hashed and are not there.
 #[tokio::test]
 async fn h02_a_hash_that_is_not_brought_back_begins_anew() {
     let dir = tempfile::tempdir().unwrap();
