@@ -143,7 +143,7 @@ fn a_reader_that_pauses_gets_every_byte_of_large_events_that_come_one_by_one() {
     a_reader_that_pauses_gets_every_byte(40 * 1024, 200);
 }
 
-/// Of those that wait for others which came with them.
+/// Each is the first of its turn here and goes out at once; those that wait for others are `proxy::outbox`'s tests'.
 #[test]
 fn a_reader_that_pauses_gets_every_byte_of_small_events_that_come_one_by_one() {
     a_reader_that_pauses_gets_every_byte(1500, 6000);
