@@ -8,7 +8,6 @@
 use std::future::poll_fn;
 use std::io::{self, IoSlice, Write as _};
 use std::pin::Pin;
-use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -74,7 +73,7 @@ pub enum Broken {
 
 /// Writes the whole answer. After an error the connection must be closed: what the client has is no
 /// complete answer, and must not look like one.
-pub async fn write(tap: &mut Tap, wire: &Rc<Wire>, response: Response<Answer>) -> Result<(), Broken> {
+pub async fn write(tap: &mut Tap, wire: &Wire, response: Response<Answer>) -> Result<(), Broken> {
     let (head, mut answer) = begin(response);
     let mut out = Out { head, ..Out::default() };
     poll_fn(|cx| {
@@ -96,16 +95,12 @@ pub async fn write(tap: &mut Tap, wire: &Rc<Wire>, response: Response<Answer>) -
                         }
                     }
                 }
-                if out.head.is_empty() {
-                    out.head = wire.unwritten();
-                }
             }
-            if out.poll(tap, cx)?.is_pending() {
+            if out.poll(tap, cx)?.is_pending() || Pin::new(&mut *tap).poll_flush(cx)?.is_pending() {
                 // A client that reads nothing may still have left, which no write would tell for long.
                 ready!(wire.poll_left(cx));
                 return Poll::Ready(Err(Interrupted::Left.into()));
             }
-            ready!(Pin::new(&mut *tap).poll_flush(cx))?;
             if out.ends {
                 return Poll::Ready(Ok(()));
             }

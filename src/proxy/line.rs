@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 use super::framing::Violation;
 use super::headers::BodyFraming;
 use super::http2;
-use super::wire::Wire;
+use super::wire::{Held, Wire};
 
 /// One request's way to its client.
 #[derive(Debug, Clone)]
@@ -73,6 +73,14 @@ impl Line {
         match self {
             Self::Http1(_) => Ahead::Body,
             Self::Http2(_) => Ahead::Nothing,
+        }
+    }
+
+    /// Reads no more of the request's body until what is returned is dropped. A stream has its window for that.
+    pub fn hold(&self) -> Option<Held<'_>> {
+        match self {
+            Self::Http1(wire) => Some(wire.hold()),
+            Self::Http2(_) => None,
         }
     }
 

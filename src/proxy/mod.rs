@@ -26,7 +26,6 @@ mod http2;
 mod line;
 mod loads;
 mod metrics;
-mod outbox;
 mod own;
 pub mod peek;
 mod recent;

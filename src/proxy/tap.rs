@@ -295,6 +295,7 @@ impl Read for Tap {
                 Stopped::Yes => return Poll::Pending,
                 Stopped::Turned => return Poll::Ready(Ok(())),
             }
+            ready!(this.wire.poll_wanted(cx));
             let judged = this.preface == Preface::Excluded;
             if judged && !this.held.is_empty() && (this.news == News::Some || this.waiting != Waiting::ForHead) {
                 this.news = News::None;
@@ -388,10 +389,12 @@ impl Write for Tap {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.stopped {
-            Stopped::Turned => Poll::Ready(Ok(())),
-            Stopped::No | Stopped::Yes => self.wire.poll_shutdown(cx),
+        let this = self.get_mut();
+        if this.stopped == Stopped::Turned {
+            return Poll::Ready(Ok(()));
         }
+        let shut = this.wire.poll_shutdown(cx);
+        this.poll_stall(cx, shut)
     }
 
     fn is_write_vectored(&self) -> bool {

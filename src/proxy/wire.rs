@@ -18,12 +18,9 @@ use tokio::time::Instant;
 
 use super::answer::Answer;
 use super::framing::Violation;
-use super::outbox;
 use super::transport::counts::Turned;
 use super::transport::socket::Socket;
 use super::transport::tls::Tls;
-
-pub use super::transport::socket::poll_read_once;
 
 thread_local! {
     /// The one read buffer of a worker, for clients and engine alike: nothing stays in it between
@@ -69,11 +66,11 @@ pub struct Wire {
     socket: Rc<Socket>,
     layer: Layer,
     refusal: Cell<Option<Violation>>,
-    /// How often everything written so far was handed to the kernel.
+    /// How often everything written so far was handed on.
     flushes: Cell<u64>,
     flush_waker: Cell<Option<Waker>>,
     leaving: RefCell<Option<Leaving>>,
-    outgoing: Outgoing,
+    upload: Upload,
     /// The client has closed its side.
     ended: Cell<bool>,
     /// A request has come.
@@ -89,15 +86,23 @@ pub struct Wire {
     stay: Cell<Stay>,
 }
 
-/// What was posted for the client.
+/// Whether more of a request's body is wanted.
 #[derive(Default)]
-struct Outgoing {
-    /// Something is in the outbox.
-    posted: Cell<bool>,
-    /// What the kernel did not take.
-    unwritten: RefCell<Vec<u8>>,
-    /// Who is to write that.
-    writer: Cell<Option<Waker>>,
+struct Upload {
+    held: Cell<bool>,
+    reader: Cell<Option<Waker>>,
+}
+
+/// For as long as this lives, nothing more is read: what was read last is still to be taken by the engine.
+pub struct Held<'a>(&'a Wire);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.upload.held.set(false);
+        if let Some(reader) = self.0.upload.reader.take() {
+            reader.wake();
+        }
+    }
 }
 
 /// Whether a connection may go on being idle.
@@ -133,7 +138,7 @@ impl Wire {
             flushes: Cell::new(0),
             flush_waker: Cell::new(None),
             leaving: RefCell::new(None),
-            outgoing: Outgoing::default(),
+            upload: Upload::default(),
             ended: Cell::new(false),
             asked: Cell::new(false),
             http2: Cell::new(None),
@@ -168,63 +173,24 @@ impl Wire {
     }
 
     /// The socket, where its bytes are the client's own.
-    pub fn in_clear(&self) -> Option<&Socket> {
+    pub fn in_clear(&self) -> Option<&Rc<Socket>> {
         match &self.layer {
             Layer::None => Some(&self.socket),
             Layer::Tls(_) => None,
         }
     }
 
-    /// Who is to be woken where the kernel does not take what is posted.
+    /// Who is to be woken where the kernel does not take what was written.
     pub fn wakes(&self, cx: &Context<'_>) {
-        let known = self.outgoing.writer.take().filter(|known| known.will_wake(cx.waker()));
-        self.outgoing.writer.set(Some(known.unwrap_or_else(|| cx.waker().clone())));
-    }
-
-    /// A piece is in the outbox.
-    pub fn posted(&self) {
-        self.outgoing.posted.set(true);
-    }
-
-    /// Hands to the kernel what comes out of the outbox.
-    pub fn deliver(&self, bytes: &[u8]) {
-        self.outgoing.posted.set(false);
-        self.write(bytes);
-    }
-
-    /// Hands these bytes to the kernel, behind what is posted and what it did not take before.
-    pub fn write(&self, bytes: &[u8]) {
-        self.settle();
-        let mut unwritten = self.outgoing.unwritten.borrow_mut();
-        let written = if unwritten.is_empty() { self.socket.write_now(bytes) } else { 0 };
-        if written < bytes.len() {
-            unwritten.extend_from_slice(&bytes[written..]);
-            if let Some(writer) = self.outgoing.writer.take() {
-                writer.wake();
-            }
-        }
+        self.socket.wakes(cx);
     }
 
     /// Whether the kernel took all that it was given.
     pub fn is_written(&self) -> bool {
-        self.outgoing.unwritten.borrow().is_empty()
-    }
-
-    /// What it did not take of all that was posted: to be written before anything else.
-    pub fn unwritten(&self) -> Vec<u8> {
-        self.settle();
-        self.outgoing.unwritten.take()
-    }
-
-    /// Nothing overtakes what is posted.
-    fn settle(&self) {
-        if self.outgoing.posted.get() {
-            outbox::deliver();
-        }
+        self.socket.is_written()
     }
 
     pub fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.settle();
         match &self.layer {
             Layer::None => self.socket.poll_write(cx, bytes),
             Layer::Tls(tls) => tls.poll_write(cx, bytes),
@@ -232,21 +198,20 @@ impl Wire {
     }
 
     pub fn poll_write_vectored(&self, cx: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        self.settle();
         match &self.layer {
             Layer::None => self.socket.poll_write_vectored(cx, slices),
             Layer::Tls(tls) => tls.poll_write_vectored(cx, slices),
         }
     }
 
-    /// Hands what was written to the kernel; to be called when the writer has nothing left itself.
+    /// Hands on what was written, to be called when the writer has nothing left itself. What is posted is with the kernel
+    /// before the worker's turn ends.
     pub fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.settle();
         match &self.layer {
-            // A socket holds nothing back above the kernel.
             Layer::None => {}
             Layer::Tls(tls) => ready!(tls.poll_flush(cx))?,
         }
+        ready!(self.socket.poll_unwritten(cx))?;
         self.flushed();
         Poll::Ready(Ok(()))
     }
@@ -254,11 +219,25 @@ impl Wire {
     /// Says that the last byte was written, as the layer says it. A connection that breaks off is not
     /// to be shut down: over TLS the missing goodbye tells the client that something is missing.
     pub fn poll_shutdown(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.settle();
         match &self.layer {
-            Layer::None => Poll::Ready(self.socket.shut_write()),
+            Layer::None => self.socket.poll_shut(cx),
             Layer::Tls(tls) => tls.poll_shutdown(cx),
         }
+    }
+
+    /// Reads no more until what is returned is dropped. The client's leaving is seen all the same.
+    pub fn hold(&self) -> Held<'_> {
+        self.upload.held.set(true);
+        Held(self)
+    }
+
+    /// Ready where more may be read.
+    pub fn poll_wanted(&self, cx: &Context<'_>) -> Poll<()> {
+        if self.upload.held.get() {
+            self.upload.reader.set(Some(cx.waker().clone()));
+            return Poll::Pending;
+        }
+        Poll::Ready(())
     }
 
     /// Nothing that comes is to be taken for HTTP.
@@ -272,7 +251,6 @@ impl Wire {
 
     /// Ends the connection so that the client can read the last answer.
     pub async fn close(&self) {
-        self.settle();
         close(Rc::clone(&self.socket)).await;
     }
 
@@ -380,7 +358,9 @@ impl Wire {
     /// Ready once all that was written after the `since`th flush is with the kernel.
     pub fn poll_flushed(&self, cx: &mut Context<'_>, since: u64) -> Poll<()> {
         if self.flushes.get() > since {
-            return Poll::Ready(());
+            self.socket.settle();
+            // Where it fails, there is nobody to read it.
+            return self.socket.poll_unwritten(cx).map(drop);
         }
         self.flush_waker.set(Some(cx.waker().clone()));
         Poll::Pending
@@ -402,10 +382,10 @@ const LINGER_BYTES: usize = 1 << 20;
 /// sends is thrown away for a moment. Closing with unread bytes would be RST, which takes the answer
 /// out of the client's hands.
 pub async fn close(socket: Rc<Socket>) {
-    if socket.shut_write().is_err() {
-        return;
-    }
     let drain = async {
+        if std::future::poll_fn(|cx| socket.poll_shut(cx)).await.is_err() {
+            return;
+        }
         let mut left = LINGER_BYTES;
         while left > 0 {
             let read = std::future::poll_fn(|cx| with_buffer(|buffer| socket.poll_read(cx, buffer))).await;

@@ -31,7 +31,6 @@ use super::http2;
 use super::line::{Line, Upload};
 use super::loads;
 use super::metrics::Counters;
-use super::outbox;
 use super::service::{self, Peer};
 use super::state::{Mode, Shared, Snapshot};
 use super::tap::{Preface, Tap};
@@ -40,6 +39,7 @@ use super::transport::counts::Turned;
 use super::transport::crowd::{self, Seat, Standing};
 use super::transport::identity::ALPN_HTTP2;
 use super::transport::listener::Listener;
+use super::transport::outbox;
 use super::transport::socket::Socket;
 use super::upstream::Pool;
 use super::websocket;
@@ -51,7 +51,7 @@ pub const ONE_TOO_MANY: Duration = Duration::from_secs(1);
 /// Of which its client may take so long to close.
 pub const ONE_TOO_MANY_CLOSE: Duration = Duration::from_millis(100);
 /// What hyper may read at once of a body, and keep of an answer in one piece.
-const BODY_READ: usize = 192 * 1024;
+const BODY_READ: usize = 256 * 1024;
 // Heads are the tap's to judge.
 const _: () = assert!(BODY_READ > MAX_HEAD + 1024);
 /// Connections of one worker that are told so at once. Any more are closed without a word.
@@ -124,10 +124,7 @@ impl Worker {
 
     /// What comes before HTTP on this socket.
     pub fn greeting_of(&self, socket: &Socket) -> Greeting {
-        match socket {
-            Socket::Tcp(_) => self.greeting.borrow().clone(),
-            Socket::Unix(_) => Greeting::NONE,
-        }
+        if socket.is_tcp() { self.greeting.borrow().clone() } else { Greeting::NONE }
     }
 
     pub fn is_serving(&self) -> bool {

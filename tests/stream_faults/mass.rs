@@ -84,6 +84,47 @@ fn d10_a_reader_that_stalls_holds_the_engine_back_and_nothing_else() {
     assert_eq!((answer.end, answer.body.len()), (End::Complete, EVENT * EVENTS_SENT as usize));
 }
 
+#[test]
+fn d10_bodies_that_the_engine_does_not_take_stay_with_their_clients() {
+    const UPLOADS: usize = 16;
+    const BODY: usize = 32 * MIB as usize;
+    let engine = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (process, addr) = Process::alone(engine.local_addr().unwrap(), &[]);
+    let memory = process.memory();
+    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-length: {BODY}\r\n\r\n");
+    let sent = Arc::new(AtomicU64::new(0));
+    let uploads: Vec<_> = (0..UPLOADS)
+        .map(|_| {
+            let (mut client, sent, head) = (TcpStream::connect(addr).unwrap(), Arc::clone(&sent), head.clone());
+            std::thread::spawn(move || {
+                client.write_all(head.as_bytes()).unwrap();
+                let (piece, mut left) = (vec![b'x'; 64 * 1024], BODY);
+                while left > 0 {
+                    // It breaks off when the engine goes.
+                    let Ok(written) = client.write(&piece[..left.min(piece.len())]) else { return };
+                    left -= written;
+                    sent.fetch_add(written as u64, Relaxed);
+                }
+            })
+        })
+        .collect();
+    // Taken by nobody's hand, read by nobody.
+    let untouched: Vec<_> = (0..UPLOADS).map(|_| engine.accept().unwrap()).collect();
+    let (mut last, mut unchanged) = (0, 0);
+    eventually("the clients are held back", || {
+        let before = std::mem::replace(&mut last, sent.load(Relaxed));
+        unchanged = if last == before { unchanged + 1 } else { 0 };
+        unchanged >= 100
+    });
+    let each = process.memory().saturating_sub(memory) / UPLOADS as u64;
+    // Half a MiB is promised; measured are 0.48, and 0.74 where a body is read on while its last piece waits.
+    assert!(each < MIB * 5 / 8, "{} KiB an upload", each / 1024);
+    drop((untouched, engine));
+    for upload in uploads {
+        upload.join().unwrap();
+    }
+}
+
 /// An engine of one thread, at a pace of its own, that keeps any number of streams, each an event behind the other.
 #[allow(clippy::disallowed_methods)] // its pace is what the test is about
 fn many_streams(streams: usize, rounds: usize) -> SocketAddr {

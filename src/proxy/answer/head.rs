@@ -22,7 +22,7 @@ const DOCUMENT: &str = "application/json";
 
 /// The engine's answer, for the client.
 pub fn relay(call: &Rc<Call>, answered: Answered, ticket: Ticket, upstream: &Upstream) -> Response<Answer> {
-    let Answered { stream, head, rest, sent } = answered;
+    let Answered { engine, head, rest, sent } = answered;
     let worker = call.worker();
     let mut response = Response::new(Answer::Own(None));
     *response.status_mut() = head.status;
@@ -38,7 +38,7 @@ pub fn relay(call: &Rc<Call>, answered: Answered, ticket: Ticket, upstream: &Ups
     let Some(framing) = head.framing else {
         worker.counters.served.fetch_add(1, Relaxed);
         if head.reuse == Reuse::Yes && rest.is_empty() {
-            worker.pool.keep(stream, upstream.addr);
+            worker.pool.keep(engine, upstream.addr);
         }
         return response;
     };
@@ -55,7 +55,7 @@ pub fn relay(call: &Rc<Call>, answered: Answered, ticket: Ticket, upstream: &Ups
         if streams && !encoded && !matches!(framing, Framing::Length(_)) { Shape::Stream } else { Shape::Whole };
     let words = if call.route.dialect == Dialect::Lines { Words::Ollama } else { Words::Common };
     let scanner = grammar.filter(|_| !encoded).map(|grammar| Scanner::new(grammar, words));
-    let source = Source { stream, engine: upstream.addr, framing, reuse: head.reuse, rest, shape, scanner };
+    let source = Source { engine, address: upstream.addr, framing, reuse: head.reuse, rest, shape, scanner };
     *response.body_mut() = Answer::Engine(Box::new(Relay::new(Rc::clone(call), source, ticket)));
     response
 }

@@ -15,7 +15,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::SizeHint;
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::{Door, Interrupted, Next};
@@ -23,9 +22,10 @@ use crate::admission::Ticket;
 use crate::proxy::call::Call;
 use crate::proxy::error::{keep_alive, last_event};
 use crate::proxy::sse::Scanner;
+use crate::proxy::transport::socket::Socket;
 use crate::proxy::upstream::decode::{Decoder, Framing};
 use crate::proxy::upstream::head::Reuse;
-use crate::proxy::wire::{poll_read_once, with_buffer};
+use crate::proxy::wire::with_buffer;
 
 /// After `data: [DONE]` nothing is owed; an engine that keeps the socket open longer than this keeps
 /// no place.
@@ -42,8 +42,8 @@ pub enum Shape {
 /// What a relay is made of.
 #[derive(Debug)]
 pub struct Source {
-    pub stream: TcpStream,
-    pub engine: SocketAddr,
+    pub engine: Rc<Socket>,
+    pub address: SocketAddr,
     pub framing: Framing,
     pub reuse: Reuse,
     pub rest: Vec<u8>,
@@ -64,8 +64,8 @@ enum Course {
 pub struct Relay {
     call: Rc<Call>,
     /// Given back to the pool, or closed, as soon as nothing more is to be read from it.
-    stream: Option<TcpStream>,
-    engine: SocketAddr,
+    engine: Option<Rc<Socket>>,
+    address: SocketAddr,
     framing: Framing,
     reuse: Reuse,
     rest: Vec<u8>,
@@ -97,7 +97,7 @@ enum Silence {
 
 impl Relay {
     pub fn new(call: Rc<Call>, source: Source, ticket: Ticket) -> Self {
-        let Source { stream, engine, framing, mut reuse, rest, shape, scanner } = source;
+        let Source { engine, address, framing, mut reuse, rest, shape, scanner } = source;
         let now = Instant::now();
         let decoder = Decoder::new(framing);
         if decoder.is_done() && !rest.is_empty() {
@@ -107,8 +107,8 @@ impl Relay {
         call.begin();
         let mut relay = Self {
             call,
-            stream: Some(stream),
-            engine,
+            engine: Some(engine),
+            address,
             framing,
             reuse,
             rest,
@@ -180,12 +180,12 @@ impl Relay {
             }
         }
         loop {
-            if self.stream.is_none() {
+            if self.engine.is_none() {
                 return Poll::Ready(Next::End);
             }
             let read = with_buffer(|buffer| {
-                let Some(stream) = &self.stream else { return Poll::Pending };
-                Poll::Ready(match ready!(poll_read_once(stream, cx, buffer)) {
+                let Some(engine) = &self.engine else { return Poll::Pending };
+                Poll::Ready(match ready!(engine.poll_read(cx, buffer)) {
                     Ok(0) => Ok(None),
                     Ok(read) => self.take(&mut buffer[..read], door).map(Some),
                     Err(error) => Err(Interrupted::Engine(error)),
@@ -271,10 +271,10 @@ impl Relay {
         let worker = self.call.worker();
         worker.counters.served.fetch_add(1, Relaxed);
         self.ticket = None;
-        if let Some(stream) = self.stream.take()
+        if let Some(engine) = self.engine.take()
             && self.reuse == Reuse::Yes
         {
-            worker.pool.keep(stream, self.engine);
+            worker.pool.keep(engine, self.address);
         }
     }
 
@@ -283,7 +283,7 @@ impl Relay {
         self.course = Course::Broken;
         self.tell();
         self.ticket = None;
-        self.stream = None;
+        self.engine = None;
     }
 
     /// Counts what the answer told until here.

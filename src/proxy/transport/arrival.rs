@@ -192,7 +192,7 @@ const IN_CLEAR: &str = "HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\n
     This port speaks TLS: ask again with https:// please\n";
 
 /// A socket that was never written to takes these few bytes at once, or is gone.
-async fn answer_in_clear(socket: &Socket) {
+async fn answer_in_clear(socket: &Rc<Socket>) {
     let _ = poll_fn(|cx| socket.poll_write(cx, IN_CLEAR.as_bytes())).await;
 }
 

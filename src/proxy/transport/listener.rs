@@ -75,9 +75,9 @@ impl Accepting {
                 let (stream, peer) = listener.accept().await?;
                 // Fails only where the client is gone already, which its first read tells.
                 let _ = stream.set_nodelay(true);
-                Ok((Socket::Tcp(stream), Some(peer.ip())))
+                Ok((Socket::from(stream), Some(peer.ip())))
             }
-            Self::Unix(listener) => Ok((Socket::Unix(listener.accept().await?.0), None)),
+            Self::Unix(listener) => Ok((Socket::from(listener.accept().await?.0), None)),
         }
     }
 }

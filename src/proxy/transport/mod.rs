@@ -15,6 +15,7 @@ pub mod counts;
 pub mod crowd;
 pub mod identity;
 pub mod listener;
+pub mod outbox;
 pub mod proxy_header;
 pub mod renewal;
 pub mod seldom;

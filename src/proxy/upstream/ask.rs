@@ -21,7 +21,7 @@ pub struct Answer {
 
 /// `GET target`. An answer of more than `most` bytes is none.
 pub async fn get(engine: &Upstream, target: &str, most: usize) -> Result<Answer, Failure> {
-    let mut stream = super::connect(engine.addr).await.map_err(Failure::Unreachable)?.stream;
+    let mut stream = super::connect(engine.addr).await.map_err(Failure::Unreachable)?;
     let mut question = format!("GET {target} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n", engine.addr);
     if let Some(key) = &engine.api_key {
         question.push_str("authorization: Bearer ");

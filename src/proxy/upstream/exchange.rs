@@ -17,7 +17,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::Method;
 use http_body::Body as _;
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use super::head::{self, BadHead, Head, Reuse};
@@ -25,10 +24,11 @@ use super::sending::{Fault as SendFault, send};
 use super::{Connection, History, Pool, Repeat, connect};
 use crate::proxy::call::Call;
 use crate::proxy::headers::BodyFraming;
-use crate::proxy::line::{Lost, Upload};
+use crate::proxy::line::{Line, Lost, Upload};
 use crate::proxy::metrics::Counters;
 use crate::proxy::peek::{self, Peek, Stream};
-use crate::proxy::wire::{poll_read_once, with_buffer};
+use crate::proxy::transport::socket::Socket;
+use crate::proxy::wire::with_buffer;
 
 /// Bytes of a body that are kept so that the request can be said again.
 const KEPT: usize = 64 * 1024;
@@ -117,6 +117,11 @@ impl Outgoing {
             peek: Peek::NOTHING,
             last: None,
         }
+    }
+
+    /// Who sends it.
+    pub(super) fn client(&self) -> Line {
+        self.call.line().clone()
     }
 
     /// Looks at what the client sent with its head. It never waits for more: hyper hands over what it
@@ -285,7 +290,7 @@ impl Outgoing {
 /// An answer that has begun.
 #[derive(Debug)]
 pub struct Answered {
-    pub stream: TcpStream,
+    pub engine: Rc<Socket>,
     pub head: Head,
     /// What came behind the head in the same read: the body's first bytes, still framed.
     pub rest: Vec<u8>,
@@ -319,13 +324,14 @@ pub async fn exchange(
     let mut connection = pool.take(engine, body.repeat());
     let since = Instant::now();
     loop {
-        let Connection { stream, history } = if let Some(connection) = connection.take() {
+        let Connection { socket, history } = if let Some(connection) = connection.take() {
             connection
         } else {
             counters.upstream_connects.fetch_add(1, Relaxed);
-            connect(engine).await.map_err(Failure::Unreachable)?
+            let stream = connect(engine).await.map_err(Failure::Unreachable)?;
+            Connection { socket: Rc::new(Socket::from(stream)), history: History::Fresh }
         };
-        match attempt(stream, history, (method, upgrade), head, body).await {
+        match attempt(socket, history, (method, upgrade), head, body).await {
             Ok(answered) => return Ok(answered),
             Err(Broke { failure: Failure::Broken(_), answer: Begun::No })
                 if history == History::Reused && since.elapsed() < RACE && body.rewind().is_some() =>
@@ -357,7 +363,7 @@ impl From<BodyFault> for Broke {
 }
 
 async fn attempt(
-    stream: TcpStream,
+    socket: Rc<Socket>,
     history: History,
     asked: (&Method, Upgrade),
     head: &[u8],
@@ -365,8 +371,8 @@ async fn attempt(
 ) -> Result<Answered, Broke> {
     let mut answer = Answer { bytes: Vec::new(), begun: Begun::No };
     let (outcome, sent) = {
-        let mut reading = pin!(poll_fn(|cx| answer.poll_head(&stream, cx, asked)));
-        let sending = pin!(send(&stream, history, head, body));
+        let mut reading = pin!(poll_fn(|cx| answer.poll_head(&socket, cx, asked)));
+        let sending = pin!(send(&socket, history, head, body));
         tokio::select! {
             biased;
             sent = sending => match sent {
@@ -386,7 +392,7 @@ async fn attempt(
     if sent == Sent::Partly {
         head.reuse = Reuse::No;
     }
-    Ok(Answered { stream, head, rest, sent })
+    Ok(Answered { engine: socket, head, rest, sent })
 }
 
 /// The answer's head while it is not whole: nearly always it is, in the first read.
@@ -398,13 +404,13 @@ struct Answer {
 impl Answer {
     fn poll_head(
         &mut self,
-        stream: &TcpStream,
+        socket: &Socket,
         cx: &mut Context<'_>,
         asked: (&Method, Upgrade),
     ) -> Poll<Result<(Head, Vec<u8>), Failure>> {
         loop {
             let found = ready!(with_buffer(|buffer| {
-                let read = ready!(poll_read_once(stream, cx, buffer)).map_err(Failure::Broken)?;
+                let read = ready!(socket.poll_read(cx, buffer)).map_err(Failure::Broken)?;
                 if read == 0 {
                     return Poll::Ready(Err(Failure::Broken(io::ErrorKind::UnexpectedEof.into())));
                 }

@@ -20,9 +20,11 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use nix::libc;
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, Type};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
+
+use super::transport::socket::Socket;
 
 /// No engine closes a connection that was idle for less: uvicorn, SGLang's server, waits 5 s.
 const YOUNG: Duration = Duration::from_secs(3);
@@ -35,7 +37,7 @@ const CONNECT: Duration = Duration::from_secs(1);
 const KEPT: usize = 256;
 
 struct Idle {
-    stream: TcpStream,
+    socket: Rc<Socket>,
     engine: SocketAddr,
     since: Instant,
 }
@@ -43,7 +45,7 @@ struct Idle {
 /// A connection with nothing on it.
 #[derive(Debug)]
 pub struct Connection {
-    pub stream: TcpStream,
+    pub socket: Rc<Socket>,
     pub history: History,
 }
 
@@ -100,15 +102,15 @@ impl Pool {
                 // It is good for somebody else.
                 return None;
             }
-            let Idle { stream, engine: peer, .. } = idle.pop()?;
-            if peer == engine && age < IDLE && is_quiet(&stream, age) {
-                return Some(Connection { stream, history: History::Reused });
+            let Idle { socket, engine: peer, .. } = idle.pop()?;
+            if peer == engine && age < IDLE && is_quiet(&socket, age) {
+                return Some(Connection { socket, history: History::Reused });
             }
         }
     }
 
     /// Keeps a connection whose answer was read to its end.
-    pub fn keep(self: &Rc<Self>, stream: TcpStream, engine: SocketAddr) {
+    pub fn keep(self: &Rc<Self>, socket: Rc<Socket>, engine: SocketAddr) {
         let mut idle = self.idle.borrow_mut();
         if idle.len() >= KEPT {
             return;
@@ -122,9 +124,9 @@ impl Pool {
             // It will ask for this one's end as well.
             Sweeper::Begins => {}
             // Whether it is good is asked when it is taken.
-            Sweeper::Waits(waker) => drop(stream.poll_read_ready(&mut Context::from_waker(waker))),
+            Sweeper::Waits(waker) => drop(socket.poll_read_ready(&mut Context::from_waker(waker))),
         }
-        idle.push(Idle { stream, engine, since: Instant::now() });
+        idle.push(Idle { socket, engine, since: Instant::now() });
     }
 
     /// Lets connections go when their time has come or the engine closes them. Ends with the last one, so that
@@ -150,7 +152,7 @@ impl Pool {
     /// Drops what is to go, and asks the rest to tell. Since when the oldest of them is idle.
     fn let_go(&self, cx: &mut Context<'_>) -> Option<Instant> {
         let mut idle = self.idle.borrow_mut();
-        idle.retain(|kept| kept.since.elapsed() < IDLE && kept.stream.poll_read_ready(cx).is_pending());
+        idle.retain(|kept| kept.since.elapsed() < IDLE && kept.socket.poll_read_ready(cx).is_pending());
         idle.first().map(|oldest| oldest.since)
     }
 
@@ -164,27 +166,27 @@ impl Pool {
 }
 
 /// Nothing to read and not closed: bytes that nobody asked for make a connection unusable.
-fn is_quiet(stream: &TcpStream, age: Duration) -> bool {
-    if stream.poll_read_ready(&mut Context::from_waker(Waker::noop())).is_ready() {
+fn is_quiet(socket: &Socket, age: Duration) -> bool {
+    if socket.poll_read_ready(&mut Context::from_waker(Waker::noop())).is_ready() {
         return false;
     }
     // Of one that the engine may be closing, the kernel knows more than it has told by now.
     let mut byte = [MaybeUninit::uninit()];
-    age < YOUNG || SockRef::from(stream).peek(&mut byte).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    age < YOUNG || socket.option().peek(&mut byte).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 
 /// A new connection: two attempts of [`CONNECT`] each.
-pub async fn connect(engine: SocketAddr) -> io::Result<Connection> {
-    let stream = match timeout(CONNECT, attempt(engine)).await {
+pub async fn connect(engine: SocketAddr) -> io::Result<TcpStream> {
+    Ok(match timeout(CONNECT, attempt(engine)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(_)) | Err(_) => timeout(CONNECT, attempt(engine)).await.map_err(|_| io::ErrorKind::TimedOut)??,
-    };
-    Ok(Connection { stream, history: History::Fresh })
+    })
 }
 
 /// Waits for the kernel's word only where it is needed: on loopback a connection stands when `connect` returns.
 async fn attempt(engine: SocketAddr) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(engine), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    let socket =
+        socket2::Socket::new(Domain::for_address(engine), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     socket.set_tcp_nodelay(true)?;
     match socket.connect(&engine.into()) {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),

@@ -18,9 +18,9 @@ impl Silent {
     }
 
     /// Both ends of a connection: the pool's, and the engine's.
-    async fn connection(&self) -> (TcpStream, TcpStream) {
-        let ours = connect(self.address).await.expect("a connection").stream;
-        (ours, self.listener.accept().await.expect("the same").0)
+    async fn connection(&self) -> (Rc<Socket>, TcpStream) {
+        let ours = connect(self.address).await.expect("a connection");
+        (Rc::new(Socket::from(ours)), self.listener.accept().await.expect("the same").0)
     }
 }
 
@@ -48,9 +48,9 @@ async fn idle_connections_go_before_the_engine_closes_them_and_the_last_ends_the
         pool.keep(ours, engine.address);
         settle(&pool, 1).await;
         advance(IDLE.saturating_sub(Duration::from_millis(1))).await;
-        let Connection { stream, history } = pool.take(engine.address, Repeat::Possible).expect("still kept");
+        let Connection { socket, history } = pool.take(engine.address, Repeat::Possible).expect("still kept");
         assert_eq!(history, History::Reused);
-        pool.keep(stream, engine.address);
+        pool.keep(socket, engine.address);
         advance(IDLE).await;
         assert!(pool.take(engine.address, Repeat::Possible).is_none(), "too old");
         settle(&pool, 0).await;
@@ -87,7 +87,7 @@ async fn what_cannot_be_said_again_gets_no_connection_that_the_engine_may_be_clo
         pool.keep(ours, engine.address);
         settle(&pool, 1).await;
         let young = pool.take(engine.address, Repeat::No).expect("just used");
-        pool.keep(young.stream, engine.address);
+        pool.keep(young.socket, engine.address);
         advance(YOUNG).await;
         assert!(pool.take(engine.address, Repeat::No).is_none());
         assert!(pool.take(engine.address, Repeat::Possible).is_some(), "it stays for others");
@@ -104,7 +104,7 @@ async fn an_old_connection_is_asked_for_its_end_before_it_is_taken() {
         advance(YOUNG).await;
         // Nobody has a turn from here on: only the kernel knows.
         drop(theirs);
-        let ended = |idle: &Idle| SockRef::from(&idle.stream).peek(&mut [MaybeUninit::uninit()]).is_ok();
+        let ended = |idle: &Idle| idle.socket.option().peek(&mut [MaybeUninit::uninit()]).is_ok();
         while !ended(&pool.idle.borrow()[0]) {
             std::thread::yield_now();
         }

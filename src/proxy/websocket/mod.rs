@@ -28,7 +28,7 @@ use crate::admission::Ticket;
 
 /// The engine has said 101: the client gets it, and then whatever the engine says.
 pub fn open(call: &Rc<Call>, asked: &Asked, answered: Answered, ticket: Ticket) -> Result<Response<Answer>, Stop> {
-    let Answered { stream, head, rest, .. } = answered;
+    let Answered { engine, head, rest, .. } = answered;
     let response = match asked.answered(head) {
         Ok(response) => response,
         Err(stop) => {
@@ -36,7 +36,7 @@ pub fn open(call: &Rc<Call>, asked: &Asked, answered: Answered, ticket: Ticket) 
             return Err(stop);
         }
     };
-    let tunnel = Tunnel::new(Rc::clone(call), stream, rest, ticket);
+    let tunnel = Tunnel::new(Rc::clone(call), engine, rest, ticket);
     Ok(response.map(|()| Answer::Tunnel(Box::new(tunnel))))
 }
 

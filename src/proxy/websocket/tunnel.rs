@@ -14,8 +14,6 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::Response;
-use tokio::io::AsyncWrite as _;
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::frames::{Frames, Goodbye, Kind};
@@ -23,7 +21,8 @@ use crate::admission::Ticket;
 use crate::proxy::answer::Answer;
 use crate::proxy::call::Call;
 use crate::proxy::direct;
-use crate::proxy::wire::{Wire, poll_read_once, with_buffer};
+use crate::proxy::transport::socket::Socket;
+use crate::proxy::wire::{Wire, with_buffer};
 
 /// How long a client may take to answer a goodbye that nobody waits for but the proxy.
 const PARTING: Duration = Duration::from_secs(5);
@@ -31,7 +30,7 @@ const PARTING: Duration = Duration::from_secs(5);
 /// What a 101 leaves behind for whoever drives the client's connection.
 pub struct Tunnel {
     call: Rc<Call>,
-    engine: TcpStream,
+    engine: Rc<Socket>,
     /// Bytes that came with the engine's head.
     rest: Vec<u8>,
     /// One place for all its life.
@@ -45,7 +44,7 @@ impl fmt::Debug for Tunnel {
 }
 
 impl Tunnel {
-    pub fn new(call: Rc<Call>, engine: TcpStream, rest: Vec<u8>, ticket: Ticket) -> Self {
+    pub fn new(call: Rc<Call>, engine: Rc<Socket>, rest: Vec<u8>, ticket: Ticket) -> Self {
         call.begin();
         let counters = &call.worker().counters;
         counters.websockets.fetch_add(1, Relaxed);
@@ -102,10 +101,15 @@ struct Flow {
 }
 
 impl Flow {
-    /// Ready once nothing is kept.
-    fn poll_out(&mut self, mut write: impl FnMut(&[u8]) -> Poll<io::Result<usize>>) -> Poll<io::Result<()>> {
+    /// Ready once nothing is kept, here or by the socket.
+    fn poll_out(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut write: impl FnMut(&mut Context<'_>, &[u8]) -> Poll<io::Result<usize>>,
+        flush: impl FnOnce(&mut Context<'_>) -> Poll<io::Result<()>>,
+    ) -> Poll<io::Result<()>> {
         while self.written < self.kept.len() {
-            match write(&self.kept[self.written..]) {
+            match write(cx, &self.kept[self.written..]) {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Poll::Ready(Ok(written)) => {
                     self.written += written;
@@ -118,8 +122,13 @@ impl Flow {
                 }
             }
         }
+        let flushed = flush(cx);
+        if flushed.is_pending() {
+            self.stalled.get_or_insert_with(Instant::now);
+            return Poll::Pending;
+        }
         (self.kept, self.written, self.stalled) = (Vec::new(), 0, None);
-        Poll::Ready(Ok(()))
+        flushed
     }
 
     /// Follows `bytes` to the end of the frame that passes if `to` says so, or to their own. Returns how
@@ -230,11 +239,8 @@ impl<'a> Carrying<'a> {
     /// Something towards the client. Ready: there may be more.
     fn poll_down(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
         let wire = self.wire;
-        if !self.down.kept.is_empty() {
-            let out = match self.down.poll_out(|bytes| wire.poll_write(cx, bytes)) {
-                Poll::Ready(Ok(())) => wire.poll_flush(cx),
-                out => out,
-            };
+        if !self.down.kept.is_empty() || !wire.is_written() {
+            let out = self.down.poll_out(cx, |cx, bytes| wire.poll_write(cx, bytes), |cx| wire.poll_flush(cx));
             return out.map_err(|_| End::ClientLeft);
         }
         match self.phase {
@@ -247,7 +253,7 @@ impl<'a> Carrying<'a> {
             Phase::Open | Phase::Due(_) | Phase::Said => {}
         }
         let read = with_buffer(|buffer| {
-            let read = match poll_read_once(&self.tunnel.engine, cx, buffer) {
+            let read = match self.tunnel.engine.poll_read(cx, buffer) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(read) => read.unwrap_or(0),
             };
@@ -296,16 +302,17 @@ impl<'a> Carrying<'a> {
         if matches!(self.phase, Phase::Leaving(_)) {
             return Poll::Pending;
         }
-        let engine = &mut self.tunnel.engine;
-        if !self.up.kept.is_empty() && !self.engine_deaf {
-            match self.up.poll_out(|bytes| Pin::new(&mut *engine).poll_write(cx, bytes)) {
+        let engine = &self.tunnel.engine;
+        let waits = !self.up.kept.is_empty() || !engine.is_written();
+        if waits && !self.engine_deaf {
+            match self.up.poll_out(cx, |cx, bytes| engine.poll_write(cx, bytes), |cx| engine.poll_unwritten(cx)) {
                 Poll::Ready(Ok(())) => return Poll::Ready(Ok(())),
                 // What it said before it closed is still to be read.
                 Poll::Ready(Err(_)) => self.engine_deaf = true,
                 Poll::Pending => {}
             }
         }
-        if !self.up.kept.is_empty() || self.engine_deaf {
+        if waits || self.engine_deaf {
             // Nothing is read, so the client's end has to be watched for.
             return self.wire.poll_left(cx).map(|()| Err(End::ClientLeft));
         }
@@ -318,7 +325,7 @@ impl<'a> Carrying<'a> {
                 Poll::Ready(read) => read.unwrap_or(0),
             };
             let (_, heard) = self.up.follow(&buffer[..read], To::BytesEnd);
-            let out = match Pin::new(engine).poll_write(cx, &buffer[..read]) {
+            let out = match engine.poll_write(cx, &buffer[..read]) {
                 Poll::Ready(Ok(out)) => out,
                 Poll::Ready(Err(_)) | Poll::Pending => 0,
             };
