@@ -207,17 +207,10 @@ impl Facts<'_> {
                 state,
                 EngineState::GaveUp | EngineState::Stopped | EngineState::Unkillable | EngineState::Occupied
             );
-        let hold = match (will_return, self.config.limits.hold.is_zero()) {
-            (true, false) => self.config.limits.hold,
-            // From the first moment of a death, before its cause is known.
-            (true, true) if matches!(state, EngineState::Failing | EngineState::Draining | EngineState::Stopping) => {
-                HOLD_OVER_RESTART
-            }
-            (true, true) if matches!(self.machine.state, State::Reaping { .. } | State::Releasing { .. }) => {
-                HOLD_OVER_RESTART
-            }
-            (true, true) if self.machine.restarts > 0 || self.cause.is_some() => HOLD_OVER_RESTART,
-            (true | false, _) => Duration::ZERO,
+        let hold = match (will_return, self.config.limits.hold) {
+            (false, _) => Duration::ZERO,
+            (true, Duration::ZERO) => held_unasked(self.machine, self.cause),
+            (true, hold) => hold,
         };
         EngineView {
             state,
@@ -234,6 +227,21 @@ impl Facts<'_> {
             will_return,
             hold_ms: hold.as_millis() as u64,
         }
+    }
+}
+
+/// How long requests wait for an engine that will return, where nobody said how long: over a restart, not for the first start.
+fn held_unasked(machine: &Machine, cause: Option<&Cause>) -> Duration {
+    match machine.state {
+        // From the first moment of a death, even of one whose cause is never known.
+        State::Failing { .. }
+        | State::Draining { .. }
+        | State::Stopping { .. }
+        | State::Reaping { .. }
+        | State::Releasing { .. }
+        | State::Backoff { .. } => HOLD_OVER_RESTART,
+        _ if machine.restarts > 0 || cause.is_some() => HOLD_OVER_RESTART,
+        _ => Duration::ZERO,
     }
 }
 
@@ -361,11 +369,39 @@ mod tests {
     use crate::link::Gate;
     use crate::supervisor::step::{Check, Failure, GiveUp, Policy, Retry, Terms, Then};
 
-    #[test]
-    fn clients_are_let_through_in_ready_and_busy_alone() {
+    fn machine() -> Machine {
         let restart = Terms { max_failures: 5, window: 1, backoff: 1, backoff_max: 1 };
         let policy = Policy { restart, give_up: GiveUp::Serve, grace: 1, start_stall: 1, start_limit: 1 };
-        let (mut machine, _) = Machine::start(policy);
+        Machine::start(policy).0
+    }
+
+    #[test]
+    fn requests_are_held_over_a_restart_whose_cause_nobody_knows_but_not_for_the_first_start() {
+        let mut machine = machine();
+        let then = Then::Retry(Failure { class: "unknown", retry: Retry::Backoff, exit: 1 });
+        for first in [State::Fetching, State::Preparing, State::Claiming { until: 0 }, State::Launching] {
+            machine.state = first;
+            assert_eq!(held_unasked(&machine, None), Duration::ZERO, "{:?}", machine.state);
+        }
+        let away = [
+            State::Failing { until: 0 },
+            State::Draining { cut_at: 0, end: 0 },
+            State::Stopping { kill_at: 0, end: 0 },
+            State::Reaping { then, until: 0 },
+            State::Releasing { then, until: 0 },
+            State::Backoff { until: 0 },
+        ];
+        for state in away {
+            machine.state = state;
+            assert_eq!(held_unasked(&machine, None), HOLD_OVER_RESTART, "{:?}", machine.state);
+        }
+        (machine.state, machine.restarts) = (State::Fetching, 1);
+        assert_eq!(held_unasked(&machine, None), HOLD_OVER_RESTART);
+    }
+
+    #[test]
+    fn clients_are_let_through_in_ready_and_busy_alone() {
+        let mut machine = machine();
         let (then, failure) = (Then::Restart, Failure { class: "crash", retry: Retry::Never, exit: 1 });
         let closed = [
             State::Fetching,

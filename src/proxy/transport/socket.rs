@@ -189,6 +189,9 @@ impl Socket {
     ) -> Poll<io::Result<usize>> {
         ready!(self.poll_unwritten(cx))?;
         let length = slices.iter().map(|slice| slice.len()).sum();
+        if length == 0 {
+            return Poll::Ready(Ok(0));
+        }
         if length <= outbox::LONGEST {
             self.wakes(cx);
             outbox::post(self, slices);
