@@ -1,8 +1,9 @@
 //! The admission sized by what the engine says of itself (`/v1/loads`).
 
+use std::net::TcpListener;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sglangd::link::{EngineState, SizedBy};
 use sglangd::proxy::Timings;
@@ -162,6 +163,30 @@ fn a_proxy_that_saw_its_engine_start_asks_nothing_before_the_first_request() {
     ask(&front, &mut clients);
     front.holds(1, 0);
     assert_eq!(engine.looks(), 0);
+}
+
+#[test]
+fn an_engine_that_is_not_there_runs_nothing_of_a_dead_proxy_and_is_not_looked_for() {
+    let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut front = Front::unaware(Timings::default());
+    front.proxy.settings(sglangd::link::ProxySettings { sizing: SizedBy::Engine, ..settings() }).unwrap();
+    front.proxy.engine(view(EngineState::Ready, Some(addr)));
+    // The first look is before anything is let through.
+    assert_eq!(Client::ask(front.addr, post(CHAT, "{}")).status, 503);
+    // Nobody has a request open from here on.
+    eventually("the looks end", || {
+        let late = TcpListener::bind(addr).unwrap();
+        late.set_nonblocking(true).unwrap();
+        let until = Instant::now() + Duration::from_millis(500);
+        let mut came = 0;
+        while Instant::now() < until {
+            match late.accept() {
+                Ok(_) => came += 1,
+                Err(_) => std::thread::yield_now(),
+            }
+        }
+        came == 0
+    });
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! nothing. A look that fails changes nothing: the engine answers from shared memory without its
 //! scheduler, so a slow answer is no news. What the figures mean is [`crate::admission::sizing`]'s.
 
+use std::io;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering::AcqRel, Ordering::Acquire, Ordering::Release};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -16,6 +17,7 @@ use tokio::task::spawn_local;
 use tokio::time::{sleep, timeout};
 
 use super::upstream::ask;
+use super::upstream::exchange::Failure;
 use super::worker::Worker;
 use crate::admission::sizing::{Load, Sizing};
 use crate::link::{EngineLoad, SizedBy, Upstream};
@@ -126,6 +128,11 @@ async fn look(worker: &Worker) {
     }
     let answer = match timeout(LOOK, ask::get(engine, TARGET, MOST)).await {
         Ok(Ok(answer)) => answer,
+        Ok(Err(Failure::Unreachable(error))) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            // Nobody is there who could still run a dead proxy's requests.
+            shared.loads.inner().sizing = Sizing::default();
+            return tracing::debug!("the engine did not tell its load: {error}");
+        }
         Ok(Err(error)) => return tracing::debug!("the engine did not tell its load: {error}"),
         Err(_) => return tracing::debug!("the engine did not tell its load within {} s", LOOK.as_secs()),
     };
