@@ -345,7 +345,7 @@ async fn g20_streams_end_with_an_error_and_new_requests_wait_for_the_next_engine
     }
     for client in &mut held {
         let answer = client.answer();
-        assert!(is_whole(&answer), "not held over the restart ({status}): {answer:?}");
+        assert!(is_whole(&answer), "not held over the restart ({status}): {answer:?}\n{}", daemon.log());
     }
     replaces(&mut daemon, first).await;
     daemon.stops_clean(SOON).await;
