@@ -128,12 +128,13 @@ async fn look(worker: &Worker) {
     }
     let answer = match timeout(LOOK, ask::get(engine, TARGET, MOST)).await {
         Ok(Ok(answer)) => answer,
-        Ok(Err(Failure::Unreachable(error))) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            // Nobody is there who could still run a dead proxy's requests.
-            shared.loads.inner().sizing = Sizing::default();
+        Ok(Err(error)) => {
+            if matches!(&error, Failure::Unreachable(why) if why.kind() == io::ErrorKind::ConnectionRefused) {
+                // Nobody is there who could still run a dead proxy's requests.
+                shared.loads.inner().sizing = Sizing::default();
+            }
             return tracing::debug!("the engine did not tell its load: {error}");
         }
-        Ok(Err(error)) => return tracing::debug!("the engine did not tell its load: {error}"),
         Err(_) => return tracing::debug!("the engine did not tell its load within {} s", LOOK.as_secs()),
     };
     let figures = match answer.status {
